@@ -1,0 +1,56 @@
+"""What was decided for one engine: its placement, and the exact command that its process runs."""
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from sage_reconcile.core.spec import canonical_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Placement:
+    """Where one replica lives. Only core.placement makes one; nothing can be started without it.
+
+    There is no default device: `devices` is empty for an engine that sees no GPU, and names exactly the GPUs that it
+    sees otherwise.
+    """
+
+    node: str
+    host: str
+    port: int
+    # UUIDs, in the order in which the engine counts them.
+    devices: tuple[str, ...] = ()
+    device_indexes: tuple[int, ...] = ()
+    memory_bytes_per_device: int = 0
+    # measured | declared | computed | name | none
+    memory_source: str = "none"
+    # Whether the engine is told to keep to that memory.
+    memory_told: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Resolved:
+    """What was resolved when an engine was started; it stays as long as the engine runs."""
+
+    placement: Placement
+    runtime: str
+    argv: tuple[str, ...]
+    # The directory that it runs in.
+    directory: str
+    # JSON of the identity fields' defaults at the time of the start: what an unwritten field meant.
+    defaults: str = "{}"
+
+
+_JSON = TypeAdapter(Resolved)
+
+
+def resolved_json(resolved: Resolved) -> str:
+    """Canonical JSON of what was resolved."""
+    return canonical_json(_JSON.dump_python(resolved, mode="json"))
+
+
+def parse_resolved(text: str) -> Resolved | None:
+    """What `resolved_json` wrote; None for anything else."""
+    try:
+        return _JSON.validate_json(text)
+    except ValidationError:
+        return None

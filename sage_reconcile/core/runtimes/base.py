@@ -1,0 +1,97 @@
+"""What every runtime file answers: how to start the program, and how to recognise one that was started by hand."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from sage_reconcile.core.resolved import Placement
+from sage_reconcile.core.spec import EngineSpec, needs_gpu
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recognised:
+    """What a command line says of an engine."""
+
+    runtime: str
+    kind: str
+    model: str
+    # None when the command line names none and the program has no fixed default.
+    port: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """One program behind engines, as plain functions."""
+
+    name: str
+    # The program that world/programs looks for; empty when the manifest names it.
+    program: str
+    # How to get the program, for a person who lacks it.
+    install_hint: str
+    # (spec, the words that start the program, placement) -> the whole command line.
+    argv: Callable[[EngineSpec, tuple[str, ...], Placement], tuple[str, ...]]
+    # Further environment variables that it needs.
+    env: Callable[[EngineSpec, Placement], dict[str, str]]
+    # Why this runtime cannot run this spec: sentences, each with the field that it is about.
+    complaints: Callable[[EngineSpec], tuple[tuple[str, str], ...]]
+    recognise: Callable[[tuple[str, ...]], Recognised | None]
+    # Whether it can be told how much GPU memory to take.
+    takes_memory_limit: bool
+    # Whether a bound, non-listening socket of ours keeps its port free for it: it must set SO_REUSEADDR or REUSEPORT.
+    hold: bool = True
+
+
+def no_env(_spec: EngineSpec, _placement: Placement) -> dict[str, str]:
+    """For a program that needs no variables of its own."""
+    return {}
+
+
+def unsupported(spec: EngineSpec, fields: tuple[str, ...], why: str) -> tuple[tuple[str, str], ...]:
+    """A complaint for each of the fields that is written."""
+    return tuple((field, f"{field}: {why}") for field in fields if field in spec.model_fields_set)
+
+
+def option(argv: tuple[str, ...], *names: str) -> str | None:
+    """The last value of an option, written `--name value` or `--name=value`; None when it is not there."""
+    values = list(_values(argv, names))
+    return values[-1] if values else None
+
+
+def _values(argv: tuple[str, ...], names: tuple[str, ...]) -> Iterator[str]:
+    for index, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if word in names and index + 1 < len(argv):
+            yield argv[index + 1]
+        elif equals and name in names:
+            yield value
+
+
+def port_option(argv: tuple[str, ...], *names: str, default: int | None) -> int | None:
+    """The port that a command line names, or the program's default."""
+    value = option(argv, *names)
+    if value is None:
+        return default
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 6 else None
+
+
+def base_name(word: str) -> str:
+    return word.rsplit("/", 1)[-1]
+
+
+def program_index(argv: tuple[str, ...], program: str) -> int | None:
+    """Where a program stands on a command line: as its first word, or as the script of an interpreter or wrapper."""
+    return next((index for index, word in enumerate(argv[:4]) if base_name(word) == program), None)
+
+
+def module_index(argv: tuple[str, ...], module: str) -> int | None:
+    """Where `-m module` has the module's name; None when it is not there."""
+    return next((index + 1 for index, word in enumerate(argv[:-1]) if word == "-m" and argv[index + 1] == module), None)
+
+
+def device_env(spec: EngineSpec, placement: Placement) -> dict[str, str]:
+    """The variables that say which GPUs a process sees: exactly its planned devices, or none.
+
+    PCI order makes CUDA count as NVML does; without it a faster GPU may be counted first (CUDA programming guide,
+    CUDA_DEVICE_ORDER).
+    """
+    assert bool(placement.devices) == needs_gpu(spec)
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(placement.devices)}

@@ -1,0 +1,49 @@
+"""command: any program that speaks the protocol of its kind; the manifest gives the argv, sage fills in the rest."""
+
+import re
+
+from sage_reconcile.core.resolved import Placement
+from sage_reconcile.core.runtimes.base import Recognised, Runtime, no_env, unsupported
+from sage_reconcile.core.spec import EngineSpec
+
+PLACEHOLDERS = ("port", "host", "model", "devices", "memory_bytes", "memory_fraction")
+_BRACES = {"{{": "{", "}}": "}"}
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(" + "|".join(PLACEHOLDERS) + r")\}")
+
+
+def _argv(spec: EngineSpec, program: tuple[str, ...], placement: Placement) -> tuple[str, ...]:
+    assert spec.command is not None
+    values = {
+        "port": str(placement.port),
+        "host": placement.host,
+        "model": spec.model,
+        "devices": ",".join(placement.devices),
+        "memory_bytes": str(placement.memory_bytes_per_device),
+        "memory_fraction": "",
+    }
+    return (*program, *(filled(word, values) for word in (*spec.command[1:], *spec.args)))
+
+
+def filled(word: str, values: dict[str, str]) -> str:
+    """The word with its {placeholders} filled in; `{{` and `}}` are braces. Other braces stay as they are."""
+    return _PLACEHOLDER.sub(lambda found: _BRACES.get(found[0]) or values[found[1]], word)
+
+
+def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
+    return unsupported(spec, ("max_model_len", "dtype", "quantization"), "write it on the command line")
+
+
+def _never(_argv: tuple[str, ...]) -> Recognised | None:
+    return None
+
+
+COMMAND = Runtime(
+    name="command",
+    program="",
+    install_hint="the first word of `command` must be a program on PATH, or a path to one",
+    argv=_argv,
+    env=no_env,
+    complaints=_complaints,
+    recognise=_never,
+    takes_memory_limit=False,
+)
