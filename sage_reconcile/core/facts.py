@@ -1,0 +1,154 @@
+"""Raw facts: what the doors of world saw. core.observed.assemble says what they mean."""
+
+from dataclasses import dataclass, field
+
+from sage_reconcile.core.identity import EngineId, ProcessIdentity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessFact:
+    """One process of the machine."""
+
+    identity: ProcessIdentity
+    parent_pid: int
+    session: int
+    uid: int
+    user: str
+    # The letter of proc(5): Z and X are dead, whatever else answers for them.
+    status: str
+    argv: tuple[str, ...]
+    # The SAGE_* variables of its environment; None when the environment could not be read.
+    label: tuple[tuple[str, str], ...] | None = ()
+
+    @property
+    def alive(self) -> bool:
+        return self.status not in ("Z", "X", "x")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListenerFact:
+    """One listening TCP socket."""
+
+    address: str
+    port: int
+    uid: int
+    # The processes that hold it open; empty when no process that may be looked into does.
+    pids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramFact:
+    """A program that an engine may need."""
+
+    name: str
+    # The words that start it; empty when it is missing.
+    argv: tuple[str, ...]
+    # Why it is missing and how to get it; empty when it is there.
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFact:
+    """A model path that an engine may need. Hub ids are not looked up."""
+
+    model: str
+    # Why it cannot be used; empty when it can.
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealthFact:
+    """What an engine answered to GET on its health path, and to GET /v1/models where that was asked."""
+
+    leader: ProcessIdentity
+    # "ok" (200), "loading" (503), "refused" (no connection), "silent" (no answer in time), "odd" (anything else).
+    health: str
+    detail: str = ""
+    # Model names listed; None when not asked or not answered.
+    models: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordFact:
+    """What sage wrote down about one engine process: hints that a label cannot hold."""
+
+    engine: EngineId
+    leader: ProcessIdentity
+    # Whether it was begun when the process was; one made after the state was lost does not know what came before.
+    from_start: bool = False
+    # JSON of the policy fields as last updated; None when they are still those of the label.
+    policy: str | None = None
+    # The manifests' path after --take-over; None when it is still that of the label.
+    source: str | None = None
+    # "" | "draining" | "stopping": how far a stop has come.
+    phase: str = ""
+    # It has answered one request of its kind since it started.
+    proved: bool = False
+    # What the last request of its kind got instead of an answer; empty when none failed.
+    proof_failure: str = ""
+    # The port that it was placed on.
+    port: int = 0
+    started_at: float = 0.0
+    restarts: int = 0
+    log: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterFact:
+    """What one live router says of itself."""
+
+    pid: int
+    # Leaders that it no longer sends requests to because they drain.
+    drained_from: tuple[ProcessIdentity, ...] = ()
+    in_flight: tuple[tuple[ProcessIdentity, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitFact:
+    """How a process that this very sage started ended."""
+
+    engine: EngineId
+    leader: ProcessIdentity
+    # The exit code; negative is minus the signal's number.
+    code: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppliedFact:
+    """An engine of the last revision that was applied."""
+
+    engine: EngineId
+    written: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """Something that should have been seen and could not be: not gone, not free, unknown."""
+
+    what: str
+    why: str
+    # The pid, port or device that it is about; empty when it is about all of them.
+    subject: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """One look at one machine."""
+
+    taken_at: float
+    node: str
+    boot_id: str
+    uid: int
+    processes: tuple[ProcessFact, ...] = ()
+    # sage itself and its ancestors: never members of an engine.
+    own_pids: tuple[int, ...] = ()
+    listeners: tuple[ListenerFact, ...] = ()
+    programs: tuple[ProgramFact, ...] = ()
+    models: tuple[ModelFact, ...] = ()
+    healths: tuple[HealthFact, ...] = ()
+    records: tuple[RecordFact, ...] = ()
+    routers: tuple[RouterFact, ...] = ()
+    exits: tuple[ExitFact, ...] = ()
+    applied: tuple[AppliedFact, ...] = ()
+    gaps: tuple[Gap, ...] = field(default=())

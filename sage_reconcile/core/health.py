@@ -1,0 +1,72 @@
+"""From facts about one engine to its state. Ready is a proof, not a guess: the port is its own and it has answered."""
+
+from dataclasses import dataclass
+
+STATES = ("starting", "ready", "unready", "draining", "stopping", "stuck", "backoff", "failed", "missing")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signs:
+    """What is known of one engine's life."""
+
+    leader_alive: bool
+    member_count: int
+    host: str
+    port: int
+    model: str
+    # Ports that its members listen on.
+    listens_on: tuple[int, ...]
+    # A sentence about whoever else listens on its port; empty when nobody does.
+    intruder: str
+    # As facts.HealthFact; "unasked" when no answer is known yet.
+    health: str
+    health_detail: str
+    models: tuple[str, ...] | None
+    has_record: bool
+    phase: str
+    proved: bool
+    proof_failure: str
+    in_flight: int
+
+
+def state(signs: Signs) -> tuple[str, str]:
+    """The engine's state and the reason for it, in the order in which the questions are asked.
+
+    1. Without its first process it has failed, whatever its children do.
+    2. A stop that was begun is told before anything else.
+    3. Every socket on its port must be its own.
+    4. It must listen where it was told to.
+    5. It must say that it is healthy, unless it is busy with requests.
+    6. It must have answered one request of its kind; without a record, its model list stands in.
+    """
+    # (1)
+    if not signs.leader_alive:
+        return "failed", f"its first process is gone; {signs.member_count} of its processes still run"
+    # (2)
+    if signs.phase in ("draining", "stopping"):
+        return signs.phase, "a stop was begun"
+    not_yet = "unready" if signs.proved else "starting"
+    # (3)
+    if signs.intruder:
+        return not_yet, signs.intruder
+    # (4)
+    if signs.port not in signs.listens_on:
+        elsewhere = ", ".join(str(port) for port in signs.listens_on)
+        if elsewhere:
+            return not_yet, f"listens on port {elsewhere}, not on its port {signs.port}"
+        return not_yet, f"does not listen on {signs.host}:{signs.port}" + ("" if signs.proved else " yet")
+    # (5)
+    if signs.health != "ok":
+        if signs.proved and signs.in_flight and signs.health in ("silent", "unasked"):
+            return "ready", f"busy with {signs.in_flight} requests"
+        if signs.health == "unasked":
+            return ("ready", "") if signs.proved else ("starting", "has not been asked yet")
+        return not_yet, signs.health_detail or f"its health is {signs.health}"
+    # (6)
+    if signs.proved:
+        return "ready", ""
+    if not signs.has_record:
+        if signs.models is not None and signs.model in signs.models:
+            return "ready", "no record of its first answer: its health and its model list stand in"
+        return "starting", f'does not list the model "{signs.model}"'
+    return "starting", signs.proof_failure or "has not answered a request of its kind yet"

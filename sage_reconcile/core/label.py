@@ -1,0 +1,71 @@
+"""The label that a process carries in its environment: who it is, what was written, what was resolved."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sage_reconcile.core.identity import EngineId, engine_id
+from sage_reconcile.core.resolved import Resolved, parse_resolved, resolved_json
+from sage_reconcile.core.spec import canonical_json
+
+PROJECT, SOURCE, ENGINE, SPEC, PLACEMENT = "SAGE_PROJECT", "SAGE_SOURCE", "SAGE_ENGINE", "SAGE_SPEC", "SAGE_PLACEMENT"
+# "PID:START_TICKS" of the engine's first process. The gate exports it when it is released, so every process of the
+# engine names the one leader, and a child that makes a session of its own is not taken for a second engine.
+LEADER = "SAGE_LEADER"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Label:
+    """A whole label. `leader` is (pid, start ticks) of the engine's first process."""
+
+    engine: EngineId
+    source: str
+    written: str
+    resolved: Resolved
+    leader: tuple[int, int]
+
+
+def variables(*, engine: EngineId, source: str, written: str, resolved: Resolved) -> dict[str, str]:
+    """The label as environment variables, all but the leader, which only the gate can know."""
+    return {
+        PROJECT: engine.project,
+        SOURCE: source,
+        ENGINE: str(engine),
+        SPEC: written,
+        PLACEMENT: resolved_json(resolved),
+    }
+
+
+def parse_label(environment: Mapping[str, str]) -> Label | None:
+    """The label in an environment; None when a part is missing or makes no sense: then the process is not ours."""
+    parts = [environment.get(name, "") for name in (PROJECT, SOURCE, ENGINE, SPEC, PLACEMENT, LEADER)]
+    if not all(parts):
+        return None
+    project, source, engine, spec, placement, leader = parts
+    the_id = engine_id(project, engine)
+    resolved = parse_resolved(placement)
+    written = _json_object(spec)
+    pid, _, ticks = leader.partition(":")
+    if the_id is None or resolved is None or written is None or not (_is_number(pid) and _is_number(ticks)):
+        return None
+    return Label(
+        engine=the_id,
+        source=source,
+        written=canonical_json(written),
+        resolved=resolved,
+        leader=(int(pid), int(ticks)),
+    )
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+        canonical_json(value)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,351 @@
+"""The world as it is: raw facts in, engines, foreign processes and gaps out.
+
+An engine is the processes that carry one leader in their label, of our uid, and those in its session. Everything else
+that runs is foreign: it counts, and it is never touched.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from pydantic import TypeAdapter
+
+from sage_reconcile.core import health
+from sage_reconcile.core.facts import (
+    AppliedFact,
+    ExitFact,
+    Facts,
+    Gap,
+    ListenerFact,
+    ModelFact,
+    ProcessFact,
+    ProgramFact,
+    RecordFact,
+    RouterFact,
+)
+from sage_reconcile.core.identity import EngineId, ProcessIdentity
+from sage_reconcile.core.label import Label, parse_label
+from sage_reconcile.core.resolved import Resolved
+from sage_reconcile.core.runtimes import recognise
+from sage_reconcile.core.spec import IDENTITY_FIELDS, EngineSpec, canonical_json, served_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A GPU or MIG slice. This version observes none; plans and audits already carry them."""
+
+    node: str
+    index: int
+    uuid: str
+    name: str
+    total_bytes: int
+    # Memory that nothing may be placed on: used by foreign processes or reserved by the driver.
+    unavailable_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """One engine as it runs: (id, leader). Two of one id are an old and a new."""
+
+    id: EngineId
+    source: str
+    # Canonical JSON of the spec as written: the label's, overlaid by policy that was updated since.
+    written: str
+    resolved: Resolved
+    leader: ProcessIdentity
+    leader_alive: bool
+    # Live processes, the leader first.
+    members: tuple[ProcessIdentity, ...]
+    state: str
+    reason: str = ""
+    # How far a stop has come: "" | "draining" | "stopping".
+    phase: str = ""
+    proved: bool = False
+    # Whether what happened to the process since its start is on record.
+    has_record: bool = False
+    health: str = "unasked"
+    listens_on: tuple[int, ...] = ()
+    in_flight: int = 0
+    # Epoch seconds; 0 when not known.
+    started_at: float = 0.0
+    restarts: int = 0
+    log: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foreign:
+    """An inference engine that is not ours."""
+
+    pid: int
+    name: str
+    user: str
+    kind: str
+    model: str
+    # None when its command line names none.
+    port: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """A listening socket. `engine` is the engine whose member holds it, None when nobody of ours does."""
+
+    address: str
+    port: int
+    pids: tuple[int, ...]
+    # What to call the owner in a sentence: `pid 4242 (python)`, or `another user's process`.
+    owner: str
+    engine: EngineId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedState:
+    """One look at the world, with a meaning."""
+
+    taken_at: float
+    node: str
+    boot_id: str
+    devices: tuple[Device, ...] = ()
+    engines: tuple[Engine, ...] = ()
+    foreign: tuple[Foreign, ...] = ()
+    listeners: tuple[Listener, ...] = ()
+    programs: tuple[ProgramFact, ...] = ()
+    models: tuple[ModelFact, ...] = ()
+    records: tuple[RecordFact, ...] = ()
+    routers: tuple[RouterFact, ...] = ()
+    exits: tuple[ExitFact, ...] = ()
+    applied: tuple[AppliedFact, ...] = ()
+    gaps: tuple[Gap, ...] = ()
+
+
+_JSON = TypeAdapter(ObservedState)
+
+
+def observed_json(observed: ObservedState) -> str:
+    """The one JSON form of a world: snapshots, scenarios and the fake host use it."""
+    return _JSON.dump_json(observed, indent=2).decode()
+
+
+def parse_observed(text: str | bytes) -> ObservedState:
+    """What `observed_json` wrote. Raises pydantic.ValidationError for anything else."""
+    return _JSON.validate_json(text)
+
+
+def project_engines(observed: ObservedState, project: str) -> tuple[Engine, ...]:
+    """The engines of one project, in the order of their ids, an older leader before a newer."""
+    mine = [engine for engine in observed.engines if engine.id.project == project]
+    return tuple(sorted(mine, key=lambda engine: (engine.id, engine.leader.start_ticks, engine.leader.pid)))
+
+
+def spec_of(engine: Engine) -> EngineSpec | None:
+    """The engine's spec; None when another version of sage wrote it and this one cannot read it."""
+    try:
+        return EngineSpec.model_validate_json(engine.written)
+    except ValueError:
+        return None
+
+
+def model_of(engine: Engine) -> str:
+    """The model name that the engine serves."""
+    spec = spec_of(engine)
+    if spec is not None:
+        return served_model(spec)
+    written = json.loads(engine.written)
+    return str(written.get("served_name") or written.get("model") or "?")
+
+
+def assemble(facts: Facts) -> ObservedState:
+    """What the facts mean. Pure, and blind to the order in which the facts came."""
+    processes = tuple(sorted((fact for fact in facts.processes if fact.alive), key=lambda fact: fact.identity.pid))
+    labels = _labels(processes, facts)
+    members = _members(processes, labels, facts)
+    engines = tuple(
+        _engine(leader, [fact for fact in processes if fact.identity.pid in pids], labels, facts)
+        for leader, pids in sorted(members.items())
+    )
+    engine_of = {process.pid: engine.id for engine in engines for process in engine.members}
+    return ObservedState(
+        taken_at=facts.taken_at,
+        node=facts.node,
+        boot_id=facts.boot_id,
+        engines=tuple(sorted(engines, key=lambda engine: (engine.id, engine.leader))),
+        foreign=_foreign(processes, set(engine_of) | set(facts.own_pids), facts.listeners),
+        listeners=_listeners(facts, processes, engine_of),
+        programs=tuple(sorted(facts.programs, key=lambda program: program.name)),
+        models=tuple(sorted(facts.models, key=lambda model: model.model)),
+        records=tuple(sorted(facts.records, key=lambda record: (record.engine, record.leader))),
+        routers=tuple(sorted(facts.routers, key=lambda router: router.pid)),
+        exits=tuple(sorted(facts.exits, key=lambda exit_fact: exit_fact.leader)),
+        applied=tuple(sorted(facts.applied, key=lambda applied: applied.engine)),
+        gaps=tuple(sorted(facts.gaps, key=lambda gap: (gap.what, gap.subject, gap.why))),
+    )
+
+
+def _labels(processes: Iterable[ProcessFact], facts: Facts) -> dict[int, Label]:
+    """The whole labels of live processes of our uid, by pid."""
+    found = {}
+    for fact in processes:
+        if fact.uid != facts.uid or not fact.label or fact.identity.pid in facts.own_pids:
+            continue
+        label = parse_label(dict(fact.label))
+        if label is not None:
+            found[fact.identity.pid] = label
+    return found
+
+
+def _members(
+    processes: Iterable[ProcessFact], labels: Mapping[int, Label], facts: Facts
+) -> dict[ProcessIdentity, set[int]]:
+    """Pids of each engine, by its leader: those that name the leader, and those in its session."""
+    members: dict[ProcessIdentity, set[int]] = {}
+    for pid, label in labels.items():
+        leader = ProcessIdentity(
+            node=facts.node, boot_id=facts.boot_id, pid=label.leader[0], start_ticks=label.leader[1]
+        )
+        members.setdefault(leader, set()).add(pid)
+    sessions = {leader.pid: leader for leader, pids in members.items() if _holds_session(leader, pids, processes)}
+    for fact in processes:
+        pid = fact.identity.pid
+        leader_of_session = sessions.get(fact.session)
+        if leader_of_session is None or pid in labels or fact.uid != facts.uid or pid in facts.own_pids:
+            continue
+        members[leader_of_session].add(pid)
+    return members
+
+
+def _holds_session(leader: ProcessIdentity, pids: set[int], processes: Iterable[ProcessFact]) -> bool:
+    """Whether the session with the leader's number is still the leader's.
+
+    The kernel does not give a pid away while a session has its number, so one labelled member in it is proof.
+    """
+    return any(fact.session == leader.pid for fact in processes if fact.identity.pid in pids)
+
+
+def _engine(leader: ProcessIdentity, processes: list[ProcessFact], labels: Mapping[int, Label], facts: Facts) -> Engine:
+    label = next(labels[fact.identity.pid] for fact in processes if fact.identity.pid in labels)
+    record = next((record for record in facts.records if record.leader == leader), None)
+    resolved = label.resolved
+    alive = any(fact.identity == leader for fact in processes)
+    pids = {fact.identity.pid for fact in processes}
+    health_fact = next((fact for fact in facts.healths if fact.leader == leader), None)
+    first = sorted(processes, key=lambda fact: (fact.identity != leader, fact.identity))
+    engine = Engine(
+        id=label.engine,
+        source=record.source if record and record.source else label.source,
+        written=_overlaid(label.written, record),
+        resolved=resolved,
+        leader=leader,
+        leader_alive=alive,
+        members=tuple(fact.identity for fact in first),
+        state="starting",
+        phase=record.phase if record else "",
+        proved=record.proved if record else False,
+        has_record=record is not None and record.from_start,
+        health=health_fact.health if health_fact else "unasked",
+        listens_on=tuple(sorted({fact.port for fact in facts.listeners if pids & set(fact.pids)})),
+        in_flight=sum(count for router in facts.routers for key, count in router.in_flight if key == leader),
+        started_at=record.started_at if record else 0.0,
+        restarts=record.restarts if record else 0,
+        log=record.log if record else "",
+    )
+    signs = health.Signs(
+        leader_alive=alive,
+        member_count=len(pids),
+        host=resolved.placement.host,
+        port=resolved.placement.port,
+        model=model_of(engine),
+        listens_on=engine.listens_on,
+        intruder=_intruder(resolved.placement.port, pids, facts),
+        health=engine.health,
+        health_detail=health_fact.detail if health_fact else "",
+        models=health_fact.models if health_fact else None,
+        has_record=engine.has_record,
+        phase=engine.phase,
+        proved=engine.proved,
+        proof_failure=record.proof_failure if record else "",
+        in_flight=engine.in_flight,
+    )
+    state, reason = health.state(signs)
+    return replace(engine, state=state, reason=reason)
+
+
+def _overlaid(written: str, record: RecordFact | None) -> str:
+    """The label's spec with the policy fields of the record in place of its own."""
+    if record is None or record.policy is None:
+        return written
+    identity = {name: value for name, value in json.loads(written).items() if name in IDENTITY_FIELDS | {"name"}}
+    policy = {name: value for name, value in json.loads(record.policy).items() if name not in IDENTITY_FIELDS}
+    return canonical_json(policy | identity)
+
+
+def _intruder(port: int, pids: set[int], facts: Facts) -> str:
+    """Who else listens on the port. Every socket on it must be a member's, or none is trusted."""
+    by_pid = {fact.identity.pid: fact for fact in facts.processes}
+    for fact in sorted(facts.listeners, key=lambda fact: (fact.address, fact.pids)):
+        if fact.port == port and not set(fact.pids) & pids:
+            return f"port {port} is answered by {_owner(fact, by_pid)}, not by this engine"
+    return ""
+
+
+def _owner(fact: ListenerFact, by_pid: Mapping[int, ProcessFact]) -> str:
+    if not fact.pids:
+        return f"a process of uid {fact.uid}"
+    pid = min(fact.pids)
+    return f"pid {pid} ({_program_name(by_pid[pid].argv) if pid in by_pid else 'gone'})"
+
+
+def _program_name(argv: tuple[str, ...]) -> str:
+    return argv[0].rsplit("/", 1)[-1] if argv and argv[0] else "?"
+
+
+def _listeners(
+    facts: Facts, processes: Iterable[ProcessFact], engine_of: Mapping[int, EngineId]
+) -> tuple[Listener, ...]:
+    by_pid = {fact.identity.pid: fact for fact in processes}
+    listeners = [
+        Listener(
+            address=fact.address,
+            port=fact.port,
+            pids=tuple(sorted(fact.pids)),
+            owner=_owner(fact, by_pid),
+            engine=next((engine_of[pid] for pid in sorted(fact.pids) if pid in engine_of), None),
+        )
+        for fact in facts.listeners
+    ]
+    return tuple(sorted(listeners, key=lambda listener: (listener.port, listener.address, listener.pids)))
+
+
+def _foreign(
+    processes: tuple[ProcessFact, ...], not_foreign: set[int], listeners: tuple[ListenerFact, ...]
+) -> tuple[Foreign, ...]:
+    """Engines started by somebody else.
+
+    A wrapper and its child, or a server and its workers, are one engine: shown is the process that listens, else the
+    one that was started last.
+    """
+    seen = {fact.identity.pid: recognise(fact.argv) for fact in processes if fact.identity.pid not in not_foreign}
+    parents = {fact.identity.pid: fact.parent_pid for fact in processes}
+    families: dict[int, list[ProcessFact]] = {}
+    for fact in processes:
+        root = fact.identity.pid
+        if seen.get(root) is None:
+            continue
+        while seen.get(parents[root]) == seen[root]:
+            root = parents[root]
+        families.setdefault(root, []).append(fact)
+    listening = {pid for fact in listeners for pid in fact.pids}
+    shown = [
+        max(family, key=lambda fact: (fact.identity.pid in listening, fact.identity.start_ticks))
+        for family in families.values()
+    ]
+    return tuple(
+        Foreign(
+            pid=fact.identity.pid,
+            name=_program_name(fact.argv),
+            user=fact.user,
+            kind=engine.kind,
+            model=engine.model,
+            port=engine.port,
+        )
+        for fact in sorted(shown, key=lambda fact: fact.identity.pid)
+        if (engine := seen[fact.identity.pid]) is not None
+    )
