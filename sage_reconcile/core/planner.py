@@ -1,0 +1,379 @@
+"""(desired, observed) -> Plan. Pure: the same input gives the same plan, in any order of files and facts.
+
+The planner makes one pass, simulates its end with plan.after, and makes another pass on the result, until a pass finds
+nothing to do: planning again after an apply gives no steps, by construction.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from sage_reconcile.core.compare import (
+    Change,
+    Comparison,
+    compared,
+    current_process,
+    drift_of,
+    in_order,
+    listed,
+    written,
+)
+from sage_reconcile.core.desired import DesiredState, Pin, Wanted
+from sage_reconcile.core.identity import EngineId, ProcessIdentity
+from sage_reconcile.core.observed import Engine, ObservedState, model_of, project_engines, spec_of
+from sage_reconcile.core.ordering import Draft, ordered_acts
+from sage_reconcile.core.placement import Refusal, Taken, placement
+from sage_reconcile.core.plan import (
+    Awaited,
+    Blocked,
+    Plan,
+    PlanOptions,
+    RelabelEngine,
+    StartEngine,
+    Step,
+    StopEngine,
+    after,
+)
+from sage_reconcile.core.resolved import Placement, Resolved
+from sage_reconcile.core.runtimes import program_of, runtime_of
+from sage_reconcile.core.runtimes.base import device_env
+from sage_reconcile.core.spec import (
+    EngineSpec,
+    canonical_json,
+    default_fields,
+    is_path,
+    served_model,
+)
+
+# A second pass finds what the first made room for; each further one needs yet another such engine.
+_MOST_PASSES = 64
+
+
+def make_plan(desired: DesiredState, observed: ObservedState, options: PlanOptions | None = None) -> Plan:
+    """The acts that lead from the observed to the desired, what is blocked, and why."""
+    options = options or PlanOptions()
+    first = plan = _pass(desired, observed, options)
+    world = observed
+    for _ in range(_MOST_PASSES):
+        if not first.acts:
+            break
+        for act in first.acts:
+            world = after(act, world)
+        first = _pass(desired, world, options)
+        plan = _joined(plan, first)
+    assert not first.acts, "planning does not come to rest"
+    return plan
+
+
+def restore_target(before: ObservedState, desired: DesiredState) -> DesiredState:
+    """What must run so that the world is again as it was `before` an apply of `desired`: every engine, exactly so.
+
+    Engines whose first process was already gone did not run; engines that this version cannot read are never touched,
+    so there is nothing to restore.
+    """
+    running: dict[EngineId, list[Engine]] = {}
+    for engine in project_engines(before, desired.project):
+        running.setdefault(engine.id, []).append(engine)
+    wanted = []
+    for engines in running.values():
+        engine, _ = current_process(engines)
+        spec = spec_of(engine)
+        if engine.leader_alive and spec is not None:
+            wanted.append(
+                Wanted(
+                    id=engine.id,
+                    spec=spec,
+                    depends_on=depends_on(engine),
+                    directory=engine.resolved.directory,
+                    source=engine.source,
+                    pin=Pin(resolved=engine.resolved, leader=engine.leader, phase=engine.phase),
+                )
+            )
+    return replace(desired, wanted=tuple(wanted), prune_stacks=None)
+
+
+# --- one pass ---------------------------------------------------------------------------------------------------------
+
+
+def _pass(desired: DesiredState, observed: ObservedState, options: PlanOptions) -> Plan:
+    """1. Compare. 2. Find a home for what should start, until no more are refused. 3. Order the acts."""
+    # (1)
+    found = compared(desired, observed, options)
+    # (2)
+    changes, refused = list(found.changes), list(found.blocked)
+    placed: dict[EngineId, Placement] = {}
+    while True:
+        placed, refusals = _placed(changes, found, desired, observed)
+        if not refusals:
+            break
+        # The predecessor of a refused engine stays, and with it its port: what relied on it must be placed anew.
+        refused += refusals
+        changes = [change for change in changes if change.id not in {blocked.engine for blocked in refusals}]
+    # (3)
+    steps, drafts = _drafted([*found.updates, *changes], placed, desired, observed, options)
+    blocked_ids = {blocked.engine for blocked in refused}
+    return Plan(
+        project=desired.project,
+        source=desired.source,
+        digest=desired.digest,
+        steps=steps,
+        acts=ordered_acts(drafts),
+        # A restore puts back what was there; what was not ready then need not be ready now.
+        awaited=tuple(
+            _awaited(engine, options)
+            for engine in found.unchanged
+            if engine.state == "starting" and not options.restoring
+        ),
+        blocked=tuple(sorted(refused, key=lambda blocked: blocked.engine)),
+        drift=drift_of(observed, desired),
+        notes=found.notes,
+        unchanged=tuple(engine.id for engine in found.unchanged),
+        kept=tuple(
+            sorted(
+                {
+                    *found.kept,
+                    *(engine.id for engine in project_engines(observed, desired.project) if engine.id in blocked_ids),
+                }
+            )
+        ),  # fmt: skip
+        desired=tuple((wanted.id, written(wanted)) for wanted in in_order(desired)),
+    )
+
+
+def _joined(plan: Plan, later: Plan) -> Plan:
+    """A plan followed by a later pass: everything of the later one comes after everything of the first."""
+    step, index = len(plan.steps), len(plan.acts)
+    before = tuple(range(index))
+    acts = tuple(
+        replace(act, step=act.step + step, after=before + tuple(earlier + index for earlier in act.after))
+        for act in later.acts
+    )
+    touched = {entry.engine for entry in plan.steps} | {entry.engine for entry in later.steps}
+    return replace(
+        plan,
+        steps=plan.steps + later.steps,
+        acts=plan.acts + acts,
+        blocked=later.blocked,
+        kept=later.kept,
+        unchanged=tuple(engine for engine in plan.unchanged if engine not in touched),
+    )
+
+
+def _awaited(engine: Engine, options: PlanOptions) -> Awaited:
+    spec = spec_of(engine)
+    assert spec is not None
+    place = engine.resolved.placement
+    return Awaited(
+        engine=engine.id,
+        leader=engine.leader,
+        kind=spec.kind,
+        model=served_model(spec),
+        host=place.host,
+        port=place.port,
+        health_path=spec.ready.path,
+        ready_seconds=spec.ready.timeout if options.ready_seconds is None else options.ready_seconds,
+    )
+
+
+# --- placing ----------------------------------------------------------------------------------------------------------
+
+
+def _placed(
+    changes: list[Change], found: Comparison, desired: DesiredState, observed: ObservedState
+) -> tuple[dict[EngineId, Placement], list[Blocked]]:
+    """A placement for each start, and a refusal for each that has none."""
+    stopping = {engine.leader for change in changes for engine in change.stops}
+    homeless = {blocked.engine for blocked in found.blocked}
+    homeless |= {wanted.id for wanted in desired.wanted} - {change.id for change in changes}
+    homeless -= {engine.id for engine in observed.engines if engine.leader_alive and engine.leader not in stopping}
+    staying, freed = _ports(observed, stopping, desired)
+    asked = {wanted.spec.port: wanted.id for wanted in desired.wanted if isinstance(wanted.spec.port, int)}
+    asked |= {w.pin.resolved.placement.port: w.id for w in desired.wanted if w.pin is not None}
+    placed: dict[EngineId, Placement] = {}
+    refusals: list[Blocked] = []
+    for change in _homes_first(changes):
+        wanted = change.start
+        if wanted is None:
+            continue
+        taken = Taken(
+            ports=staying | {place.port: str(engine) for engine, place in placed.items()},
+            freed_ports=freed,
+            asked_ports={port for port, engine in asked.items() if engine != wanted.id},
+        )
+        predecessor = change.stops[-1] if change.stops else None
+        place = _missing_part(wanted, observed, homeless) or placement(wanted, desired, observed, predecessor, taken)
+        if isinstance(place, Refusal):
+            refusals.append(
+                Blocked(engine=wanted.id, reason=place.reason, why=place.why, would_help=place.would_help, at=wanted.at)
+            )
+        else:
+            placed[wanted.id] = place
+    return placed, refusals
+
+
+def _homes_first(changes: list[Change]) -> list[Change]:
+    """Engines that have a port before those that need one, so that a newcomer never takes a neighbour's."""
+    return sorted(changes, key=lambda change: (not change.stops, change.id))
+
+
+def _ports(
+    observed: ObservedState, stopping: set[ProcessIdentity], desired: DesiredState
+) -> tuple[dict[int, str], set[int]]:
+    """Ports that stay in use, with who holds them, and ports that the stops set free."""
+    staying = {desired.router.port: "the router"}
+    freed: set[int] = set()
+    members = {process.pid for engine in observed.engines if engine.leader in stopping for process in engine.members}
+    for listener in observed.listeners:
+        if listener.pids and set(listener.pids) <= members:
+            freed.add(listener.port)
+        else:
+            staying[listener.port] = listener.engine.full if listener.engine else listener.owner
+    for engine in observed.engines:
+        port = engine.resolved.placement.port
+        if engine.leader in stopping:
+            freed.add(port)
+        else:
+            staying[port] = engine.id.full
+    return staying, freed - set(staying)
+
+
+def _missing_part(wanted: Wanted, observed: ObservedState, homeless: set[EngineId]) -> Refusal | None:
+    """What the engine lacks before any place could be found for it."""
+    spec = wanted.spec
+    waits_for = sorted(str(engine) for engine in homeless if f"{engine.stack}/{engine.name}" in wanted.depends_on)
+    if waits_for:
+        return Refusal(reason="dependency", why=f"it depends on {listed(waits_for)}, which cannot start")
+    if wanted.pin is not None:
+        return None  # It ran with exactly this command: starting it again is the only question worth asking.
+    program = next((fact for fact in observed.programs if fact.name == program_of(spec)), None)
+    if program is None:
+        return Refusal(reason="not_observed", why=f"nobody looked for the program {program_of(spec)}")
+    if not program.argv:
+        return Refusal(reason="program_missing", why=program.why, would_help=(runtime_of(spec).install_hint,))
+    model = next((fact for fact in observed.models if fact.model == spec.model), None)
+    if is_path(spec.model) and model is not None and model.why:
+        return Refusal(reason="model_missing", why=model.why)
+    return None
+
+
+# --- drafting ---------------------------------------------------------------------------------------------------------
+
+
+def _drafted(
+    changes: list[Change],
+    placed: Mapping[EngineId, Placement],
+    desired: DesiredState,
+    observed: ObservedState,
+    options: PlanOptions,
+) -> tuple[tuple[Step, ...], list[Draft]]:
+    """A step for each change, and its acts, not yet in order."""
+    steps: list[Step] = []
+    drafts: list[Draft] = []
+    for number, change in enumerate(sorted(changes, key=lambda change: (change.id, change.action))):
+        if change.action == "update":
+            steps.append(_step(change, None, None, observed))
+            drafts.append(Draft(act=_relabel(change, number, desired, options)))
+            continue
+        start = _start(change, number, placed, desired, observed, options)
+        steps.append(_step(change, start, placed.get(change.id), observed))
+        drafts += [Draft(act=_stop_act(engine, number), depends_on=depends_on(engine)) for engine in change.stops]
+        if start is not None:
+            assert change.start is not None
+            drafts.append(Draft(act=start, depends_on=change.start.depends_on))
+    return tuple(steps), drafts
+
+
+def depends_on(engine: Engine) -> tuple[str, ...]:
+    """The engines of its project that a running engine depends on, as "stack/name"."""
+    spec = spec_of(engine)
+    if spec is None:
+        return ()
+    return tuple(name if "/" in name else f"{engine.id.stack}/{name}" for name in spec.depends_on)
+
+
+def _stop_act(engine: Engine, step: int) -> StopEngine:
+    spec = spec_of(engine) or EngineSpec(name="unreadable", model="unreadable")
+    return StopEngine(
+        step=step,
+        after=(),
+        engine=engine.id,
+        leader=engine.leader,
+        port=engine.resolved.placement.port,
+        drain_seconds=spec.update.drain,
+        grace_seconds=spec.update.grace,
+    )
+
+
+def _relabel(change: Change, step: int, desired: DesiredState, options: PlanOptions) -> RelabelEngine:
+    assert change.start is not None
+    (engine,) = change.stops
+    source = change.start.source or (desired.source if options.take_over else engine.source)
+    return RelabelEngine(
+        step=step, after=(), engine=change.id, leader=engine.leader, written=written(change.start), source=source
+    )
+
+
+def _start(
+    change: Change,
+    step: int,
+    placed: Mapping[EngineId, Placement],
+    desired: DesiredState,
+    observed: ObservedState,
+    options: PlanOptions,
+) -> StartEngine | None:
+    wanted = change.start
+    if wanted is None:
+        return None
+    spec, place, runtime = wanted.spec, placed[wanted.id], runtime_of(wanted.spec)
+    resolved = _resolved(wanted, place, observed)
+    env = {**spec.env, **runtime.env(spec, place), **device_env(spec, place), "SPT_NOENV": "1"}
+    return StartEngine(
+        step=step,
+        after=(),
+        engine=wanted.id,
+        source=wanted.source or desired.source,
+        written=written(wanted),
+        resolved=resolved,
+        env=tuple(sorted(env.items())),
+        kind=spec.kind,
+        model=served_model(spec),
+        health_path=spec.ready.path,
+        ready_seconds=spec.ready.timeout if options.ready_seconds is None else options.ready_seconds,
+        hold=runtime.hold,
+    )
+
+
+def _resolved(wanted: Wanted, place: Placement, observed: ObservedState) -> Resolved:
+    if wanted.pin is not None:
+        return wanted.pin.resolved
+    runtime = runtime_of(wanted.spec)
+    program = next(fact for fact in observed.programs if fact.name == program_of(wanted.spec))
+    return Resolved(
+        placement=place,
+        runtime=runtime.name,
+        argv=runtime.argv(wanted.spec, program.argv, place),
+        directory=wanted.directory,
+        defaults=canonical_json(default_fields()),
+    )
+
+
+def _step(change: Change, start: StartEngine | None, place: Placement | None, observed: ObservedState) -> Step:
+    if start is not None:
+        kind, runtime, model = start.kind, start.resolved.runtime, start.model
+    else:
+        engine = change.stops[-1]
+        spec = spec_of(engine)
+        kind, runtime, model = spec.kind if spec else "?", engine.resolved.runtime, model_of(engine)
+    return Step(
+        action=change.action,
+        engine=change.id,
+        kind=kind,
+        runtime=runtime,
+        model=model,
+        reason=change.reason,
+        cause=change.cause,
+        placement=place,
+        changes=change.changes,
+        argv=start.resolved.argv if start else (),
+        env=start.env if start else (),
+        at=change.start.at if change.start else "",
+    )
