@@ -1,0 +1,319 @@
+"""How far a plan has come, and what to do next. Pure: the clock and the world come in as values.
+
+An act is done over several looks at the world; each look yields orders, the smallest things a host can do at once.
+"""
+
+from dataclasses import dataclass, replace
+
+from sage_reconcile.core.identity import EngineId, ProcessIdentity
+from sage_reconcile.core.observed import Engine, ObservedState
+from sage_reconcile.core.plan import Act, Awaited, Plan, RelabelEngine, StartEngine, StopEngine
+
+# vLLM swallows a SIGTERM that comes while its workers start (measured: 3 of 3 ended by a second one), so the request
+# to end is repeated this often within the grace.
+_TERMS_PER_GRACE = 4
+
+# After SIGKILL only the kernel can keep a process alive. A driver that frees device memory takes seconds; when this
+# long has passed, a person must look.
+STUCK_AFTER_SECONDS = 30.0
+
+# SIGKILL is repeated, because a member may have forked between the look and the signal.
+_KILL_AGAIN_SECONDS = 1.0
+
+
+# --- orders: what a host is told to do; each returns at once ----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spawn:
+    """Start a process behind the gate, write down its identity, release it."""
+
+    act: StartEngine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """Write into the engine's record how far its stop has come: "draining" or "stopping"."""
+
+    engine: EngineId
+    leader: ProcessIdentity
+    phase: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terminate:
+    """SIGTERM to these processes of the engine, each looked at again before."""
+
+    engine: EngineId
+    leader: ProcessIdentity
+    processes: tuple[ProcessIdentity, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """SIGKILL to these processes of the engine, each looked at again before."""
+
+    engine: EngineId
+    leader: ProcessIdentity
+    processes: tuple[ProcessIdentity, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prove:
+    """Ask one request of its kind, in the background; the answer comes back as a fact."""
+
+    engine: EngineId
+    leader: ProcessIdentity
+    kind: str
+    model: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relabel:
+    """Write the engine's policy into its record."""
+
+    act: RelabelEngine
+
+
+Order = Spawn | Mark | Terminate | Kill | Prove | Relabel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spawned:
+    """What came of a Spawn: the process, or why there is none."""
+
+    # None when nothing was started.
+    leader: ProcessIdentity | None
+    why: str = ""
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActProgress:
+    """How far one act has come."""
+
+    # waiting | draining | terminating | killing | starting | done | failed
+    phase: str = "waiting"
+    # When the act began, in seconds of the host's monotonic clock.
+    begun_at: float = 0.0
+    # When the phase began, on the same clock.
+    since: float = 0.0
+    # When the last signal was sent, on the same clock.
+    signalled_at: float = 0.0
+    # The process that a start made; None for other acts, and before there is one.
+    leader: ProcessIdentity | None = None
+    # Why it failed.
+    why: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in ("done", "failed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a plan has come. The entries stand for the plan's acts, then for the engines that are awaited."""
+
+    entries: tuple[ActProgress, ...]
+    # Whether acts that do not wait for a failed one still begin.
+    keep_going: bool = False
+
+    @property
+    def failures(self) -> tuple[int, ...]:
+        return tuple(index for index, entry in enumerate(self.entries) if entry.phase == "failed")
+
+
+def begin(plan: Plan, *, keep_going: bool = False) -> Progress:
+    """The progress of a plan of which nothing has been done."""
+    return Progress(entries=(ActProgress(),) * (len(plan.acts) + len(plan.awaited)), keep_going=keep_going)
+
+
+def finished(plan: Plan, progress: Progress) -> bool:
+    """Whether nothing is left to do or to wait for.
+
+    After a failure no act begins any more and starting engines are not waited for: what to do with them is for the
+    next plan. A stop that was begun is seen through.
+    """
+    if progress.failures and not progress.keep_going:
+        return not any(entry.phase in ("draining", "terminating", "killing") for entry in progress.entries)
+    return all(entry.ended or _cannot_begin(plan, progress, index) for index, entry in enumerate(progress.entries))
+
+
+def spawned(progress: Progress, index: int, result: Spawned) -> Progress:
+    """The progress after a Spawn was carried out."""
+    entry = progress.entries[index]
+    if result.leader is None:
+        return _with(progress, index, replace(entry, phase="failed", why=result.why))
+    return _with(progress, index, replace(entry, leader=result.leader))
+
+
+def advance(
+    plan: Plan, progress: Progress, observed: ObservedState, now: float
+) -> tuple[Progress, tuple[tuple[int, Order], ...]]:
+    """The progress that the world shows, and the orders to give now, each with the index of its act."""
+    tasks: tuple[Act | Awaited, ...] = (*plan.acts, *plan.awaited)
+    orders: list[tuple[int, Order]] = []
+    for index, task in enumerate(tasks):
+        entry = progress.entries[index]
+        if entry.ended or (entry.phase == "waiting" and not _may_begin(plan, progress, index)):
+            continue
+        match task:
+            case StopEngine():
+                entry, given = _stopping(task, entry, observed, now)
+            case StartEngine():
+                entry, given = _starting(task, entry, observed, now)
+            case RelabelEngine():
+                entry, given = replace(entry, phase="done"), (Relabel(act=task),)
+            case Awaited():
+                entry, given = _awaiting(task, entry, observed, now)
+        progress = _with(progress, index, entry)
+        orders += [(index, order) for order in given]
+    return progress, tuple(orders)
+
+
+def _with(progress: Progress, index: int, entry: ActProgress) -> Progress:
+    return replace(progress, entries=(*progress.entries[:index], entry, *progress.entries[index + 1 :]))
+
+
+def _may_begin(plan: Plan, progress: Progress, index: int) -> bool:
+    if index >= len(plan.acts):
+        return True
+    if progress.failures and not progress.keep_going:
+        return False
+    return all(progress.entries[earlier].phase == "done" for earlier in plan.acts[index].after)
+
+
+def _cannot_begin(plan: Plan, progress: Progress, index: int) -> bool:
+    """Whether the act waits for one that failed, directly or through others."""
+    if index >= len(plan.acts) or progress.entries[index].phase != "waiting":
+        return False
+    return any(
+        progress.entries[earlier].phase == "failed" or _cannot_begin(plan, progress, earlier)
+        for earlier in plan.acts[index].after
+    )
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def _stopping(
+    act: StopEngine, entry: ActProgress, observed: ObservedState, now: float
+) -> tuple[ActProgress, tuple[Order, ...]]:
+    """The ladder: drain, ask, ask again, kill, and wait until every member is gone."""
+    engine = _engine(observed, act.leader)
+    if engine is None:
+        return replace(entry, phase="done"), ()
+    if entry.phase == "waiting":
+        entry = replace(entry, phase="draining", begun_at=now, since=now)
+        mark = Mark(engine=act.engine, leader=act.leader, phase="draining")
+        if not _drained(act, observed):
+            return entry, (mark,)
+    if entry.phase == "draining":
+        if not _drained(act, observed) and now - entry.since < act.drain_seconds:
+            return entry, ()
+        mark = Mark(engine=act.engine, leader=act.leader, phase="stopping")
+        return replace(entry, phase="terminating", since=now, signalled_at=now), (mark, _terminate(engine))
+    if entry.phase == "terminating" and now - entry.since < act.grace_seconds:
+        if now - entry.signalled_at < act.grace_seconds / _TERMS_PER_GRACE:
+            return entry, ()
+        return replace(entry, signalled_at=now), (_terminate(engine),)
+    if entry.phase == "terminating":
+        return replace(entry, phase="killing", since=now, signalled_at=now), (_kill(engine),)
+    if now - entry.since >= STUCK_AFTER_SECONDS:
+        pids = ", ".join(str(process.pid) for process in engine.members)
+        return replace(entry, phase="failed", why=f"stuck: SIGKILL does not end pid {pids}"), ()
+    if now - entry.signalled_at < _KILL_AGAIN_SECONDS:
+        return entry, ()
+    return replace(entry, signalled_at=now), (_kill(engine),)
+
+
+def _engine(observed: ObservedState, leader: ProcessIdentity) -> Engine | None:
+    return next((engine for engine in observed.engines if engine.leader == leader), None)
+
+
+def _drained(act: StopEngine, observed: ObservedState) -> bool:
+    """Whether every live router has seen that the engine drains, and counts no request of it."""
+    return all(
+        act.leader in router.drained_from and not dict(router.in_flight).get(act.leader, 0)
+        for router in observed.routers
+    )
+
+
+def _terminate(engine: Engine) -> Terminate:
+    """The leader is asked, since it shuts its workers down in order; without it, all that is left."""
+    processes = (engine.leader,) if engine.leader_alive else engine.members
+    return Terminate(engine=engine.id, leader=engine.leader, processes=processes)
+
+
+def _kill(engine: Engine) -> Kill:
+    return Kill(engine=engine.id, leader=engine.leader, processes=engine.members)
+
+
+# --- starting ---------------------------------------------------------------------------------------------------------
+
+
+def _starting(
+    act: StartEngine, entry: ActProgress, observed: ObservedState, now: float
+) -> tuple[ActProgress, tuple[Order, ...]]:
+    if entry.phase == "waiting":
+        return replace(entry, phase="starting", begun_at=now, since=now), (Spawn(act=act),)
+    assert entry.leader is not None
+    place = act.resolved.placement
+    awaited = Awaited(
+        engine=act.engine,
+        leader=entry.leader,
+        kind=act.kind,
+        model=act.model,
+        host=place.host,
+        port=place.port,
+        health_path=act.health_path,
+        ready_seconds=act.ready_seconds,
+    )
+    return _awaiting(awaited, entry, observed, now)
+
+
+def _awaiting(
+    task: Awaited, entry: ActProgress, observed: ObservedState, now: float
+) -> tuple[ActProgress, tuple[Order, ...]]:
+    """Until the engine is ready: an exit ends the wait at once, and so does the end of its time."""
+    if entry.phase == "waiting":
+        entry = replace(entry, phase="starting", begun_at=now, since=now, leader=task.leader)
+    engine = _engine(observed, task.leader)
+    failure = _failure(task, engine, observed)
+    if failure:
+        return replace(entry, phase="failed", why=failure), ()
+    assert engine is not None
+    if engine.state == "ready":
+        return replace(entry, phase="done"), ()
+    if now - entry.since >= task.ready_seconds:
+        why = f"not ready after {task.ready_seconds:g} s: {engine.reason}"
+        return replace(entry, phase="failed", why=why), ()
+    prove = proof_order(engine, task.kind, task.model)
+    return entry, () if prove is None else (prove,)
+
+
+def _failure(task: Awaited, engine: Engine | None, observed: ObservedState) -> str:
+    """Why the engine will never be ready; empty while it may."""
+    exit_fact = next((fact for fact in observed.exits if fact.leader == task.leader), None)
+    if exit_fact is not None:
+        ended = (
+            f"exited with code {exit_fact.code}" if exit_fact.code >= 0 else f"was ended by signal {-exit_fact.code}"
+        )
+        return f"{ended} before it was ready"
+    if engine is None:
+        return f"pid {task.leader.pid} was gone before it was ready"
+    if not engine.leader_alive:
+        return f"its first process, pid {task.leader.pid}, was gone before it was ready"
+    return ""
+
+
+def proof_order(engine: Engine, kind: str, model: str) -> Prove | None:
+    """The request that would prove a healthy engine; None when it has been proved, or cannot be asked yet."""
+    place = engine.resolved.placement
+    if engine.proved or engine.health != "ok" or place.port not in engine.listens_on:
+        return None
+    return Prove(engine=engine.id, leader=engine.leader, kind=kind, model=model, host=place.host, port=place.port)

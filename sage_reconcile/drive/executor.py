@@ -1,0 +1,121 @@
+"""Carries out a plan: journal, then act, then journal. It never chooses; what is next comes from core.progress.
+
+A synchronous, single-threaded loop. Every order returns at once, so engines load side by side.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from sage_reconcile.core.journal import ActBegun, ActDone, ActFailed, Entry
+from sage_reconcile.core.observed import ObservedState
+from sage_reconcile.core.plan import Act, Plan
+from sage_reconcile.core.progress import Order, Progress, Spawned, advance, begin, finished, spawned
+
+# How long the loop waits between two looks, in seconds. Signals and exits end the wait sooner.
+PAUSE_SECONDS = 0.1
+
+
+class Host(Protocol):
+    """One machine, as the loop needs it: plain values in and out. A fake one keeps its world in memory."""
+
+    def look(self) -> ObservedState:
+        """The world as it is now."""
+
+    def do(self, order: Order) -> Spawned | None:
+        """Carry out an order and return at once; only a Spawn has a result."""
+
+    def now(self) -> float:
+        """Seconds of a clock that never goes back."""
+
+    def wall_clock(self) -> float:
+        """Epoch seconds, for people to read."""
+
+    def wait(self, seconds: float) -> None:
+        """Let that much time pass, or less when something happened."""
+
+
+class Journal(Protocol):
+    """Where each entry is safe before the call returns."""
+
+    def append(self, entry: Entry) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """What a watcher is told after each look."""
+
+    plan: Plan
+    progress: Progress
+    observed: ObservedState
+    # Seconds of the host's clock: now, and since the plan began.
+    now: float
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Executed:
+    """What came of a plan.
+
+    `observed` is what the last orders were given on, so it may be older than they are. `failures` are (act index, why);
+    an index past the acts is an awaited engine's.
+    """
+
+    progress: Progress
+    observed: ObservedState
+    failures: tuple[tuple[int, str], ...]
+
+
+def execute(
+    plan: Plan,
+    host: Host,
+    journal: Journal,
+    *,
+    keep_going: bool = False,
+    on_beat: Callable[[Beat], None] = lambda beat: None,
+) -> Executed:
+    """Carry out a plan to its end, or until an act failed and what was begun is settled."""
+    progress = begin(plan, keep_going=keep_going)
+    started_at = host.now()
+    while True:
+        observed = host.look()
+        progress = _step(plan, progress, observed, host, journal)
+        now = host.now()
+        on_beat(Beat(plan=plan, progress=progress, observed=observed, now=now, elapsed_seconds=now - started_at))
+        if finished(plan, progress):
+            break
+        host.wait(PAUSE_SECONDS)
+    failures = tuple((index, progress.entries[index].why) for index in progress.failures)
+    return Executed(progress=progress, observed=observed, failures=failures)
+
+
+def _step(plan: Plan, progress: Progress, observed: ObservedState, host: Host, journal: Journal) -> Progress:
+    """One look's worth: journal what begins, give the orders, journal what ended."""
+    before = progress
+    progress, orders = advance(plan, progress, observed, host.now())
+    for index, act in enumerate(plan.acts):
+        if before.entries[index].phase == "waiting" and progress.entries[index].phase != "waiting":
+            journal.append(ActBegun(at=host.wall_clock(), act=index))
+            assert act.engine.project == plan.project
+    for index, order in orders:
+        result = host.do(order)
+        if isinstance(result, Spawned):
+            progress = spawned(progress, index, result)
+    for index in range(len(plan.acts)):
+        entry = progress.entries[index]
+        if entry.ended and not before.entries[index].ended:
+            journal.append(
+                ActDone(at=host.wall_clock(), act=index)
+                if entry.phase == "done"
+                else ActFailed(at=host.wall_clock(), act=index, why=entry.why)
+            )
+    return progress
+
+
+def act_sentence(act: Act) -> str:
+    """An act in the journal's words: "stop lab/chat pid 12", "start lab/chat port 8001"."""
+    kind = type(act).__name__.removesuffix("Engine").lower()
+    leader = getattr(act, "leader", None)
+    resolved = getattr(act, "resolved", None)
+    where = f" pid {leader.pid}" if leader else f" port {resolved.placement.port}" if resolved else ""
+    return f"{kind} {act.engine}{where}"

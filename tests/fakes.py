@@ -1,0 +1,142 @@
+"""Fakes that keep the contract and record what was asked of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from sage_reconcile.core.facts import ExitFact
+from sage_reconcile.core.identity import ProcessIdentity
+from sage_reconcile.core.journal import Entry
+from sage_reconcile.core.observed import Engine, ObservedState
+from sage_reconcile.core.plan import StartEngine, StopEngine, after
+from sage_reconcile.core.progress import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
+
+
+@dataclass
+class MemoryJournal:
+    """A journal that is lost with the test."""
+
+    entries: list[Entry] = field(default_factory=list)
+
+    def append(self, entry: Entry) -> None:
+        self.entries.append(entry)
+
+
+@dataclass
+class FakeHost:
+    """A machine in memory with a clock of its own.
+
+    A spawned engine is healthy `load_seconds` later and proved when asked. `fails` says of each start, by its number
+    from 0, how it fails: "refused" (nothing is spawned), "exits" (gone at the next look), "hangs" (never healthy).
+    `deaf` engines survive SIGTERM; `undead` ones survive SIGKILL too.
+    """
+
+    world: ObservedState
+    fails: Callable[[int, StartEngine], str] = lambda number, act: ""
+    deaf: frozenset[str] = frozenset()
+    undead: frozenset[str] = frozenset()
+    load_seconds: float = 1.0
+    time: float = 0.0
+    starts: int = 0
+    orders: list[Order] = field(default_factory=list)
+    doomed: dict[ProcessIdentity, str] = field(default_factory=dict)
+    healthy_at: dict[ProcessIdentity, float] = field(default_factory=dict)
+    # Called at every look with the world, so that a test can watch each prefix.
+    on_look: Callable[[ObservedState], None] = lambda world: None
+
+    def __post_init__(self) -> None:
+        for engine in self.world.engines:
+            if engine.state == "starting":
+                self.healthy_at[engine.leader] = self.load_seconds
+
+    def look(self) -> ObservedState:
+        for leader in [leader for leader, how in self.doomed.items() if how == "exits"]:
+            engine = self._engine(leader)
+            self._remove(leader)
+            self.world = replace(
+                self.world, exits=(*self.world.exits, ExitFact(engine=engine.id, leader=leader, code=1))
+            )
+            del self.doomed[leader]
+        for leader, at in self.healthy_at.items():
+            if at <= self.time and self._alive(leader):
+                port = self._engine(leader).resolved.placement.port
+                self._change(leader, health="ok", listens_on=(port,))
+        self.on_look(self.world)
+        return self.world
+
+    def do(self, order: Order) -> Spawned | None:
+        self.orders.append(order)
+        match order:
+            case Spawn(act=act):
+                return self._spawn(act)
+            case Mark(leader=leader, phase=phase):
+                self._change(leader, phase=phase, state=phase)
+            case Terminate(leader=leader, processes=processes):
+                if self._name(leader) not in self.deaf | self.undead:
+                    self._end(leader, processes)
+            case Kill(leader=leader, processes=processes):
+                if self._name(leader) not in self.undead:
+                    self._end(leader, processes)
+            case Prove(leader=leader):
+                self._change(leader, proved=True, state="ready")
+            case Relabel(act=act):
+                self.world = after(act, self.world)
+        return None
+
+    def now(self) -> float:
+        return self.time
+
+    def wall_clock(self) -> float:
+        return 1_000_000.0 + self.time
+
+    def wait(self, seconds: float) -> None:
+        # Longer pauses than asked for keep thousands of simulated applies quick; nothing depends on their length.
+        self.time += max(seconds, 0.5)
+
+    def _spawn(self, act: StartEngine) -> Spawned:
+        number, self.starts = self.starts, self.starts + 1
+        how = self.fails(number, act)
+        if how == "refused":
+            return Spawned(leader=None, why="the port was taken at the last moment")
+        leader = self._born(after(act, self.world))
+        self._change(leader, state="starting", proved=False, health="refused")
+        if how == "exits":
+            self.doomed[leader] = how
+        elif how != "hangs":
+            self.healthy_at[leader] = self.time + self.load_seconds
+        return Spawned(leader=leader)
+
+    def _born(self, world: ObservedState) -> ProcessIdentity:
+        """Take the world with one engine more, whose identity no process of this host ever had or will have."""
+        simulated = world.engines[-1].leader
+        leader = replace(simulated, pid=20_000 + self.starts, start_ticks=1_000_000 + self.starts)
+        born = replace(world.engines[-1], leader=leader, members=(leader,))
+        socket = replace(world.listeners[-1], pids=(leader.pid,))
+        self.world = replace(world, engines=(*world.engines[:-1], born), listeners=(*world.listeners[:-1], socket))
+        return leader
+
+    def _end(self, leader: ProcessIdentity, processes: tuple[ProcessIdentity, ...]) -> None:
+        assert set(processes) <= set(self._engine(leader).members)
+        self._remove(leader)
+
+    def _remove(self, leader: ProcessIdentity) -> None:
+        engine = self._engine(leader)
+        self.world = after(
+            StopEngine(step=0, after=(), engine=engine.id, leader=leader, port=0, drain_seconds=0, grace_seconds=0),
+            self.world,
+        )
+
+    def _engine(self, leader: ProcessIdentity) -> Engine:
+        return next(engine for engine in self.world.engines if engine.leader == leader)
+
+    def _alive(self, leader: ProcessIdentity) -> bool:
+        return any(engine.leader == leader for engine in self.world.engines)
+
+    def _name(self, leader: ProcessIdentity) -> str:
+        return str(self._engine(leader).id)
+
+    def _change(self, leader: ProcessIdentity, **fields: object) -> None:
+        engines = tuple(
+            replace(engine, **fields) if engine.leader == leader else engine  # type: ignore[arg-type]
+            for engine in self.world.engines
+        )
+        self.world = replace(self.world, engines=engines)
