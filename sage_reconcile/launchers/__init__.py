@@ -1,0 +1,1 @@
+"""Programs that sage starts as engines. They stand alone: none of them imports the rest of sage."""

@@ -1,0 +1,421 @@
+"""An OpenAI-like engine that misbehaves on demand: python tests/fake_engine.py --port N --model NAME [mode ...]
+
+The real llama.cpp cannot be told to hang, lie or die. Standard library only, so that it starts in about 100 ms.
+SIGTERM and SIGINT end it at once with 0 unless a mode says otherwise. GET /fake/state tells what happened so far. It is
+neither counted nor recorded, and a request is counted as finished a moment after its last byte: poll. Modes:
+
+--ready-after S        binds at once; /health and everything else answer 503 for S seconds
+--bind-after S         connection refused for S seconds
+--never-ready          503 for ever
+--mute                 /health says 200, requests for work are never answered
+--wrong-kind           an llm that answers 404 to chat and serves embeddings, and the other way round
+--busy-health          GET /health hangs while any work runs
+--exit-code N          logs a few lines and exits with N instead of serving; --exit-after S: that much later
+--crash-after-ready S  exits with 1, S seconds after it became ready
+--ignore-term          SIGTERM does nothing
+--swallow-terms N      the first N SIGTERMs do nothing
+--term-delay S         on SIGTERM stops listening, takes S seconds (and as long as work still runs), then exits with 0
+--fork-child           starts a child that sleeps for ever and outlives it; prints "child pid N"
+--child-setsid         the child leads a session of its own
+--child-ignore-term    the child ignores SIGTERM
+--child-wipe-environ   the child's /proc/PID/environ is empty
+--tokens N             tokens per answer (5); a request's max_tokens can only make it fewer
+--token-delay S        seconds before each token
+--token-bytes N        every token is padded to N bytes
+--die-mid-stream N     SIGKILLs itself after N streamed tokens
+--stall-mid-stream N   says nothing more after N streamed tokens, until the client goes away
+--listen-port P        listens there, whatever --port says; --listen-host H: likewise
+--reuse-port           sets SO_REUSEPORT on the listener
+--log-bytes N          writes N bytes of log at the start
+--close-output         lets go of stdout and stderr after the first lines
+--record FILE          appends a JSON line per request: method, path, headers, body_length, body (first 2000 characters)
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NoReturn
+
+_GENERATE = ("/v1/chat/completions", "/v1/completions")
+_EMBED = ("/v1/embeddings", "/v1/rerank")
+# The longest that the main thread waits in one go. Python looks for signals before a wait, not at its start: one that
+# comes in between is seen a turn later, and never in an endless signal.pause(). (2026-11-23: two runs of two hung.)
+_TURN_SECONDS = 0.05
+
+
+def main() -> NoReturn:
+    args = _arguments()
+    state = _State(args)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: state.terminate())
+    _log_start(args)
+    if args.fork_child:
+        _fork_child(args)
+    if args.exit_code is not None:
+        _sleep(args.exit_after)
+        _say(f"error: told to exit with {args.exit_code}")
+        os._exit(args.exit_code)
+    _sleep(args.bind_after)
+    _serve(args, state)
+    # Only --term-delay comes here: it listens no more, and its own thread ends the process.
+    _sleep(math.inf)
+    raise AssertionError("slept for ever")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    flag = parser.add_argument
+    flag("--host", default="127.0.0.1")
+    flag("--port", type=int, required=True)
+    flag("--model", default="fake")
+    flag("--kind", choices=("llm", "embedding"), default="llm")
+    flag("--dim", type=int, default=8)
+    flag("--tokens", type=int, default=5)
+    for name in ("ready-after", "bind-after", "exit-after", "token-delay", "term-delay"):
+        flag(f"--{name}", type=float, default=0.0)
+    flag("--crash-after-ready", type=float)
+    for name in ("never-ready", "mute", "wrong-kind", "busy-health", "ignore-term", "reuse-port", "close-output"):
+        flag(f"--{name}", action="store_true")
+    for name in ("fork-child", "child-setsid", "child-ignore-term", "child-wipe-environ"):
+        flag(f"--{name}", action="store_true")
+    for name in ("swallow-terms", "token-bytes", "log-bytes"):
+        flag(f"--{name}", type=int, default=0)
+    for name in ("exit-code", "die-mid-stream", "stall-mid-stream", "listen-port"):
+        flag(f"--{name}", type=int)
+    flag("--listen-host")
+    flag("--record")
+    return parser.parse_args()
+
+
+class _State:
+    """What happened so far, shared by all request threads."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.changed = threading.Condition()
+        self.counts = {"active": 0, "finished": 0, "cancelled": 0, "bytes_sent": 0, "requests": 0}
+        self.ready_at = math.inf if args.never_ready else time.monotonic() + args.bind_after + args.ready_after
+        self.terms_to_swallow = math.inf if args.ignore_term else args.swallow_terms
+        self.server: _Server | None = None  # None until it is bound
+
+    def add(self, **amounts: int) -> None:
+        with self.changed:
+            for name, amount in amounts.items():
+                self.counts[name] += amount
+            self.changed.notify_all()
+
+    def wait_until_idle(self) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.counts["active"] == 0)
+
+    def is_ready(self) -> bool:
+        return time.monotonic() >= self.ready_at
+
+    def terminate(self) -> None:
+        if self.terms_to_swallow > 0:
+            self.terms_to_swallow -= 1
+        elif self.args.term_delay:
+            threading.Thread(target=self._leave_slowly).start()
+        else:
+            os._exit(0)
+
+    def _leave_slowly(self) -> None:
+        leave_at = time.monotonic() + self.args.term_delay
+        if self.server is not None:
+            self.server.shutdown()
+            self.server.server_close()
+        time.sleep(max(0.0, leave_at - time.monotonic()))
+        self.wait_until_idle()
+        os._exit(0)
+
+    def report(self) -> dict[str, Any]:
+        with self.changed:
+            return {
+                **self.counts,
+                "pid": os.getpid(),
+                "env": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("CUDA_", "SAGE_", "SPT_NOENV"))},
+                "argv": sys.argv,
+            }
+
+    def record(self, line: dict[str, Any]) -> None:
+        if self.args.record:
+            with self.changed, open(self.args.record, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _log_start(args: argparse.Namespace) -> None:
+    _say(f"fake engine for {args.model}, pid {os.getpid()}")
+    if args.log_bytes:
+        _say("x" * (args.log_bytes - 1))
+    if args.close_output:
+        # Not os.close: the next socket would become file descriptor 1.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _fork_child(args: argparse.Namespace) -> None:
+    def ignore_term() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    child = subprocess.Popen(
+        [sys.executable, "-ISc", "import signal\nwhile True: signal.pause()"],
+        env={} if args.child_wipe_environ else None,
+        start_new_session=args.child_setsid,
+        # Before the exec, which keeps it: there is no moment when the child does not ignore SIGTERM yet.
+        preexec_fn=ignore_term if args.child_ignore_term else None,
+    )
+    _say(f"child pid {child.pid}")
+
+
+def _serve(args: argparse.Namespace, state: _State) -> None:
+    _Server.allow_reuse_port = args.reuse_port
+    address = (args.listen_host or args.host, args.listen_port or args.port)
+    try:
+        server = _Server(address, state)
+    except OSError as error:
+        _say(f"error: cannot listen on {address[0]}:{address[1]}: {error.strerror}")
+        os._exit(1)
+    state.server = server
+    if args.crash_after_ready is not None:
+        threading.Thread(target=_crash, args=(state,), daemon=True).start()
+    server.serve_forever(poll_interval=_TURN_SECONDS)
+
+
+def _crash(state: _State) -> None:
+    time.sleep(max(0.0, state.ready_at - time.monotonic()) + state.args.crash_after_ready)
+    _say("error: told to crash")
+    os._exit(1)
+
+
+def _sleep(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, _TURN_SECONDS))
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 512
+
+    def __init__(self, address: tuple[str, int], state: _State) -> None:
+        self.state = state
+        super().__init__(address, _Exchange)
+
+    def server_bind(self) -> None:
+        # HTTPServer's own looks up the machine's name, which can take seconds.
+        socketserver.TCPServer.server_bind(self)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away between two requests is no news."""
+
+
+class _ClientGone(Exception):
+    pass
+
+
+class _Exchange(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def do_GET(self) -> None:
+        if self.path == "/fake/state":
+            return self._answer(200, self.server.state.report())
+        state = self.server.state
+        self._note(b"")
+        if self.path == "/health" and state.args.busy_health:
+            state.wait_until_idle()
+        if not state.is_ready():
+            return self._refuse(503, "Loading model")
+        if self.path == "/health":
+            return self._answer(200, {"status": "ok"})
+        if self.path == "/v1/models":
+            return self._answer(200, {"object": "list", "data": [{"id": state.args.model, "object": "model"}]})
+        if self.path == "/metrics":
+            return self._answer_text(200, "text/plain; version=0.0.4", _metrics(state))
+        return self._refuse(404, f"no such path: {self.path}")
+
+    def do_POST(self) -> None:
+        body = self._body()
+        self._note(body)
+        state = self.server.state
+        if not state.is_ready():
+            return self._refuse(503, "Loading model")
+        is_llm = (state.args.kind == "llm") is not state.args.wrong_kind
+        if self.path not in (_GENERATE if is_llm else _EMBED):
+            return self._refuse(404, f"this server does not serve {self.path}")
+        state.add(active=1)
+        try:
+            self._work(json.loads(body or b"{}"))
+        except (_ClientGone, OSError):
+            self.close_connection = True
+            state.add(active=-1, cancelled=1)
+        else:
+            state.add(active=-1, finished=1)
+        return None
+
+    def _work(self, request: dict[str, Any]) -> None:
+        args = self.server.state.args
+        if args.mute:
+            self._wait_for_client_to_leave()
+        if self.path == "/v1/embeddings":
+            self._answer(200, _embeddings(args, request))
+        elif self.path == "/v1/rerank":
+            self._answer(200, _ranking(args, request))
+        elif request.get("stream"):
+            self._stream(request)
+        else:
+            tokens = list(self._tokens(request))
+            answer = _message(self.path, args.model, "".join(tokens))
+            self._answer(200, answer | {"usage": _usage(request, len(tokens))})
+
+    def _tokens(self, request: dict[str, Any]) -> Iterator[str]:
+        args = self.server.state.args
+        wanted = request.get("max_completion_tokens") or request.get("max_tokens") or args.tokens
+        for index in range(min(args.tokens, wanted)):
+            time.sleep(args.token_delay)
+            if self._client_is_gone():
+                raise _ClientGone
+            yield f"{args.model}-{index} ".ljust(args.token_bytes, "x")
+
+    def _stream(self, request: dict[str, Any]) -> None:
+        args = self.server.state.args
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        sent = 0
+        for token in self._tokens(request):
+            self._break_if_told(sent)
+            self._event(json.dumps(_message(self.path, args.model, token, chunk=True, finished=False)))
+            sent += 1
+        self._break_if_told(sent)
+        usage = (request.get("stream_options") or {}).get("include_usage")
+        last = _message(self.path, args.model, "", chunk=True)
+        self._event(json.dumps(last | ({"usage": _usage(request, sent)} if usage else {})))
+        self._event("[DONE]")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _break_if_told(self, sent: int) -> None:
+        if sent == self.server.state.args.die_mid_stream:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if sent == self.server.state.args.stall_mid_stream:
+            self._wait_for_client_to_leave()
+
+    def _event(self, text: str) -> None:
+        event = f"data: {text}\n\n".encode()
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+        self.server.state.add(bytes_sent=len(event))
+
+    def _wait_for_client_to_leave(self) -> NoReturn:
+        while self.connection.recv(1, socket.MSG_PEEK):
+            time.sleep(0.01)  # a pipelined request: the client is still there
+        raise _ClientGone
+
+    def _client_is_gone(self) -> bool:
+        try:
+            return len(self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)) == 0
+        except BlockingIOError:
+            return False
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass
+        return b"".join(parts)
+
+    def _note(self, body: bytes) -> None:
+        self.server.state.add(requests=1)
+        line = {"method": self.command, "path": self.path, "headers": dict(self.headers), "body_length": len(body)}
+        self.server.state.record({**line, "body": body.decode(errors="replace")[:2000]})
+
+    def _answer(self, status: int, answer: dict[str, Any]) -> None:
+        self._answer_text(status, "application/json", json.dumps(answer))
+
+    def _refuse(self, status: int, why: str) -> None:
+        self._answer(status, {"error": {"message": why, "type": "fake", "code": status}})
+
+    def _answer_text(self, status: int, content_type: str, text: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        if self.path in _GENERATE + _EMBED:
+            self.server.state.add(bytes_sent=len(body))
+
+    def end_headers(self) -> None:
+        self.send_header("X-Fake-Pid", str(os.getpid()))
+        super().end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silent: nobody may be reading, and a full pipe would block every request."""
+
+
+def _message(path: str, model: str, text: str, *, chunk: bool = False, finished: bool = True) -> dict[str, Any]:
+    said: dict[str, Any] = {"text": text}
+    kind = "text_completion"
+    if path == "/v1/chat/completions":
+        said = {"delta": {"content": text}} if chunk else {"message": {"role": "assistant", "content": text}}
+        kind = "chat.completion.chunk" if chunk else "chat.completion"
+    choice = {"index": 0, "finish_reason": "stop" if finished else None, **said}
+    return {"id": "fake-1", "created": 0, "object": kind, "model": model, "choices": [choice]}
+
+
+def _usage(request: dict[str, Any], completion: int) -> dict[str, int]:
+    prompt = len(json.dumps(request.get("messages") or request.get("prompt") or request.get("input") or "").split())
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _embeddings(args: argparse.Namespace, request: dict[str, Any]) -> dict[str, Any]:
+    texts = request.get("input", "")
+    texts = texts if isinstance(texts, list) else [texts]
+    rows = [{"object": "embedding", "index": i, "embedding": _vector(args, str(text))} for i, text in enumerate(texts)]
+    return {"object": "list", "model": args.model, "data": rows, "usage": _usage(request, 0)}
+
+
+def _vector(args: argparse.Namespace, text: str) -> list[float]:
+    digest = hashlib.shake_256(f"{args.model}\n{text}".encode()).digest(args.dim)
+    return [byte / 255 for byte in digest]
+
+
+def _ranking(args: argparse.Namespace, request: dict[str, Any]) -> dict[str, Any]:
+    documents = request.get("documents", [])
+    results = [{"index": i, "relevance_score": _vector(args, str(text))[0]} for i, text in enumerate(documents)]
+    return {"object": "list", "model": args.model, "results": results, "usage": _usage(request, 0)}
+
+
+def _metrics(state: _State) -> str:
+    """The running gauge under llama.cpp's name and under vLLM's."""
+    model, active, finished = state.args.model, state.counts["active"], state.counts["finished"]
+    return (
+        f"# TYPE llamacpp:requests_processing gauge\nllamacpp:requests_processing {active}\n"
+        f'# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{{model_name="{model}"}} {active}\n'
+        f"# TYPE fake:requests_finished_total counter\nfake:requests_finished_total {finished}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
