@@ -1,0 +1,1 @@
+"""TOUCHES. One file, one outside thing: facts out, no judgement."""
