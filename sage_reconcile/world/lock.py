@@ -1,0 +1,73 @@
+"""One sage at a time for each user and host: a flock, which the kernel drops when its holder dies, however it dies."""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from sage_reconcile.errors import Environment, Locked
+from sage_reconcile.world.state import private_directory
+
+_POLL_SECONDS = 0.1
+
+
+def lock_path(environment: Mapping[str, str]) -> Path:
+    """`$SAGE_LOCK_FILE`, else `$XDG_RUNTIME_DIR/sage/lock`, else in a directory of ours in the temp dir."""
+    if environment.get("SAGE_LOCK_FILE"):
+        return Path(environment["SAGE_LOCK_FILE"]).absolute()
+    if environment.get("XDG_RUNTIME_DIR"):
+        return private_directory(Path(environment["XDG_RUNTIME_DIR"]) / "sage") / "lock"
+    return private_directory(Path(tempfile.gettempdir()) / f"sage-{os.getuid()}") / "lock"
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, purpose: str, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold the lock. Raises Locked, which names the holder, when it is not free in time; Environment."""
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        descriptor = _opened(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            if time.monotonic() >= deadline:
+                raise Locked(
+                    f"another sage is at work on this host: {holder}",
+                    hint="wait for it, or give --lock-timeout",
+                ) from error
+            time.sleep(_POLL_SECONDS)
+            continue
+        # The file may have been removed and made anew between the open and the lock: then this lock is nobody's.
+        if _is_at(path, descriptor):
+            break
+        os.close(descriptor)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"pid {os.getpid()} ({purpose})\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise Environment(f"cannot open the lock {path}: {error.strerror}", hint="set SAGE_LOCK_FILE") from error
+
+
+def _holder(descriptor: int) -> str:
+    return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "a process that has not said who it is"
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(descriptor)
+    return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)

@@ -1,0 +1,370 @@
+"""Processes: what runs, who listens, the one spawner, and signals that cannot hit the wrong process.
+
+psutil's and subprocess' only door. Facts come from /proc (proc(5)); nothing is judged here.
+"""
+
+import contextlib
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import psutil
+
+from sage_reconcile.core.facts import ExitFact, Gap, ListenerFact, ProcessFact
+from sage_reconcile.core.identity import EngineId, ProcessIdentity
+from sage_reconcile.core.label import LEADER
+from sage_reconcile.core.resolved import Placement
+
+# The gate: the process waits for one line, which is its own identity, and becomes the engine. If sage dies before it
+# writes that line, the gate reads end-of-file and exits; so nothing ever runs that was not written down first.
+_GATE = 'read -r SAGE_LEADER || exit 111; export SAGE_LEADER; exec "$@" </dev/null'
+
+# What an engine inherits from sage's own environment. Everything else comes from its manifest or from sage.
+_INHERITED = (
+    "PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "XDG_CACHE_HOME",
+)  # fmt: skip
+_INHERITED_PREFIXES = ("LC_", "HF_", "SSL_CERT_")
+
+_LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, include/net/tcp_states.h
+
+
+def boot_id() -> str:
+    """The kernel's name for this boot; another value means that every pid on record is void."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def node_name() -> str:
+    return socket.gethostname()
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stat:
+    """The fields of /proc/PID/stat that sage uses."""
+
+    status: str
+    parent_pid: int
+    session: int
+    start_ticks: int
+
+
+def stat(pid: int) -> Stat | None:
+    """/proc/PID/stat; None when there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The command's name stands in parentheses and may hold any character, so the fields are counted from its end.
+    fields = text[text.rindex(")") + 2 :].split()
+    return Stat(status=fields[0], parent_pid=int(fields[1]), session=int(fields[3]), start_ticks=int(fields[19]))
+
+
+def identity(pid: int, *, node: str, boot: str) -> ProcessIdentity | None:
+    """The identity of a live process; None when there is none or it is a zombie."""
+    found = stat(pid)
+    if found is None or found.status in ("Z", "X", "x"):
+        return None
+    return ProcessIdentity(node=node, boot_id=boot, pid=pid, start_ticks=found.start_ticks)
+
+
+def processes(*, node: str, boot: str) -> tuple[tuple[ProcessFact, ...], tuple[Gap, ...]]:
+    """Every process of the machine, and a gap for each live one of ours whose environment cannot be read."""
+    facts: list[ProcessFact] = []
+    gaps: list[Gap] = []
+    ours = own_pids()
+    for pid in psutil.pids():
+        try:
+            fact = _process(pid, node, boot)
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            continue
+        if fact is None:
+            continue
+        facts.append(fact)
+        if fact.label is None and pid not in ours and not _holds_more_than_we_do(pid):
+            why = f"pid {pid} is of our user, and its environment cannot be read"
+            gaps.append(Gap(what="processes", why=why, subject=str(pid)))
+    return tuple(facts), tuple(gaps)
+
+
+def _holds_more_than_we_do(pid: int) -> bool:
+    """Whether a process has capabilities that this one lacks.
+
+    The kernel hides such a process's environment from us (ptrace(2), access mode checking), and nothing that sage
+    starts can come to have them: it is not one of our engines, so not knowing its environment is no gap.
+    """
+    theirs, own = _capabilities(pid), _capabilities(os.getpid())
+    return theirs & ~own != 0
+
+
+def _capabilities(pid: int) -> int:
+    """The permitted capabilities of a process, as the bits of CapPrm in /proc/PID/status; none when it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1], 16) for line in lines if line.startswith("CapPrm:")), 0)
+
+
+def _process(pid: int, node: str, boot: str) -> ProcessFact | None:
+    found = stat(pid)
+    if found is None:
+        return None
+    uid = os.stat(f"/proc/{pid}").st_uid
+    alive = found.status not in ("Z", "X", "x")
+    process = psutil.Process(pid)
+    return ProcessFact(
+        identity=ProcessIdentity(node=node, boot_id=boot, pid=pid, start_ticks=found.start_ticks),
+        parent_pid=found.parent_pid,
+        session=found.session,
+        uid=uid,
+        user=_user_name(uid),
+        status=found.status,
+        argv=_argv(process) if alive else (),
+        label=_label(process) if alive and uid == os.getuid() else (),
+    )
+
+
+def _argv(process: psutil.Process) -> tuple[str, ...]:
+    try:
+        return tuple(process.cmdline())
+    except (psutil.AccessDenied, psutil.ZombieProcess):
+        return ()
+
+
+def _label(process: psutil.Process) -> tuple[tuple[str, str], ...] | None:
+    """The SAGE_* variables; None when the environment cannot be read. A process that is ending has none left."""
+    try:
+        return tuple(sorted((name, value) for name, value in process.environ().items() if name.startswith("SAGE_")))
+    except psutil.ZombieProcess:
+        return ()
+    except psutil.AccessDenied:
+        return None
+
+
+@lru_cache(maxsize=256)
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def own_pids() -> tuple[int, ...]:
+    """sage itself and its ancestors."""
+    pids = [os.getpid()]
+    while pids[-1] > 1:
+        found = stat(pids[-1])
+        if found is None:
+            break
+        pids.append(found.parent_pid)
+    return tuple(pids)
+
+
+def listeners(pids: Iterable[int]) -> tuple[tuple[ListenerFact, ...], tuple[Gap, ...]]:
+    """Every listening TCP socket of this network namespace; its holders are looked for among `pids`."""
+    try:
+        rows = [row for name in ("tcp", "tcp6") for row in _listening(Path(f"/proc/net/{name}"))]
+    except OSError as error:
+        return (), (Gap(what="listeners", why=f"cannot read /proc/net/tcp: {error.strerror}"),)
+    holders: dict[int, list[int]] = {}
+    wanted = {inode for _, _, _, inode in rows}
+    for pid in pids:
+        for inode in _socket_inodes(pid) & wanted:
+            holders.setdefault(inode, []).append(pid)
+    return tuple(
+        ListenerFact(address=address, port=port, uid=uid, pids=tuple(sorted(holders.get(inode, []))))
+        for address, port, uid, inode in rows
+    ), ()
+
+
+def _listening(path: Path) -> Iterator[tuple[str, int, int, int]]:
+    """(address, port, uid, inode) of each listening socket. A machine without IPv6 has no such file."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="ascii").splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == _LISTEN:
+            address, _, port = fields[1].partition(":")
+            yield _address(address), int(port, 16), int(fields[7]), int(fields[9])
+
+
+def _address(words: str) -> str:
+    """An address of /proc/net/tcp: 32-bit words, each in the machine's byte order."""
+    raw = b"".join(int(words[start : start + 8], 16).to_bytes(4, "little") for start in range(0, len(words), 8))
+    return socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
+
+
+def _socket_inodes(pid: int) -> set[int]:
+    """Inodes of the sockets that a process holds; empty for one that may not be looked into."""
+    inodes = set()
+    try:
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                target = os.readlink(entry.path)
+                if target.startswith("socket:["):
+                    inodes.add(int(target[8:-1]))
+    except (PermissionError, FileNotFoundError, ProcessLookupError):
+        return inodes
+    return inodes
+
+
+# --- starting ---------------------------------------------------------------------------------------------------------
+
+
+class CannotSpawn(Exception):
+    """Nothing was started; the message says why."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Gated:
+    """A process that waits at the gate. It is an engine once released, and gone once abandoned."""
+
+    identity: ProcessIdentity
+    process: "subprocess.Popen[bytes]"
+    hold: socket.socket | None
+
+    def release(self) -> None:
+        """Let the process become the engine. Raises CannotSpawn when it is no longer there."""
+        assert self.process.stdin is not None
+        line = f"{self.identity.pid}:{self.identity.start_ticks}\n"
+        try:
+            self.process.stdin.write(line.encode())
+            self.process.stdin.close()
+        except BrokenPipeError as error:
+            raise CannotSpawn("the process ended before it was released") from error
+
+    def abandon(self) -> None:
+        """Close the gate: the process reads end-of-file and exits."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+        if self.hold is not None:
+            self.hold.close()
+
+
+def spawn(
+    placement: Placement,
+    argv: tuple[str, ...],
+    variables: Mapping[str, str],
+    *,
+    directory: str,
+    log_fd: int,
+    boot: str,
+    hold: bool,
+) -> Gated:
+    """The only function that starts engines. It wants a placement, and leaves the process at the gate.
+
+    `variables` go on top of the inherited allow-list. `hold` keeps the port bound by a socket of ours, so that nobody
+    who sets neither SO_REUSEADDR nor SO_REUSEPORT takes it before the engine does. Raises CannotSpawn.
+    """
+    held = _held_port(placement, hold=hold)
+    environment = inherited(os.environ) | dict(variables)
+    assert LEADER not in environment
+    try:
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", _GATE, "sage-gate", *argv],
+            stdin=subprocess.PIPE,
+            stdout=log_fd,
+            stderr=log_fd,
+            cwd=directory,
+            env=environment,
+            close_fds=True,
+            start_new_session=True,
+        )
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        if held is not None:
+            held.close()
+        raise CannotSpawn(f"cannot start {argv[0]}: {error}") from error
+    the_identity = identity(process.pid, node=placement.node, boot=boot)
+    if the_identity is None:
+        process.wait()
+        raise CannotSpawn("the process ended at the gate")
+    return Gated(identity=the_identity, process=process, hold=held)
+
+
+def inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    """The part of an environment that engines inherit."""
+    return {
+        name: value for name, value in environment.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
+    }
+
+
+def _held_port(placement: Placement, *, hold: bool) -> socket.socket | None:
+    """Prove the port free by a bind with SO_REUSEADDR alone, then hold it. Raises CannotSpawn."""
+    address = (placement.host, placement.port)
+    family = socket.AF_INET6 if ":" in placement.host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+        if not hold:
+            return None
+        held = socket.socket(family, socket.SOCK_STREAM)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(address)
+    except OSError as error:
+        raise CannotSpawn(f"port {placement.port} cannot be bound: {error.strerror}") from error
+    return held
+
+
+# --- ending -----------------------------------------------------------------------------------------------------------
+
+
+def send_signal(target: ProcessIdentity, number: signal.Signals, *, boot: str) -> bool:
+    """Signal exactly this process, through a pidfd; False when it is gone.
+
+    The identity is read again after the pidfd was opened: from then on the kernel keeps the pid's meaning.
+    """
+    if target.boot_id != boot or target.pid in own_pids():
+        return False
+    try:
+        pidfd = os.pidfd_open(target.pid)
+    except ProcessLookupError:
+        return False
+    try:
+        found = stat(target.pid)
+        if found is None or found.start_ticks != target.start_ticks:
+            return False
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(pidfd)
+    return True
+
+
+@dataclass(slots=True, kw_only=True)
+class Children:
+    """The engines that this very sage started: it alone can learn how they end."""
+
+    running: dict[ProcessIdentity, tuple[EngineId, "subprocess.Popen[bytes]"]] = field(default_factory=dict)
+    exits: list[ExitFact] = field(default_factory=list)
+
+    def add(self, engine: EngineId, gated: Gated) -> None:
+        self.running[gated.identity] = (engine, gated.process)
+
+    def reap(self) -> tuple[ExitFact, ...]:
+        """How the ones that ended did end, so far."""
+        for leader, (engine, process) in list(self.running.items()):
+            code = process.poll()
+            if code is not None:
+                del self.running[leader]
+                self.exits.append(ExitFact(engine=engine, leader=leader, code=code))
+        return tuple(self.exits)
+
+
+def started_at(target: ProcessIdentity) -> float:
+    """Epoch seconds of a process's start, for people to read; it moves when the wall clock is set."""
+    age_seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - target.start_ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age_seconds

@@ -1,0 +1,96 @@
+"""What live routers say of themselves, so that a stop can wait for the requests that they carry.
+
+`<state>/routers/PID.json`, and `PID.lock` beside it: held by the router as long as it lives, whatever ends it.
+"""
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from sage_reconcile.core.facts import RouterFact
+from sage_reconcile.errors import Environment
+from sage_reconcile.world.state import private_directory, write_whole
+
+_FACT = TypeAdapter(RouterFact)
+
+
+def read_routers(root: Path) -> tuple[RouterFact, ...]:
+    """The live routers. One that holds its lock and cannot be read is there all the same, and has drained nothing."""
+    facts = []
+    for path in sorted((root / "routers").glob("*.lock")):
+        if _is_held(path):
+            facts.append(_read(path.with_suffix(".json")) or RouterFact(pid=int(path.stem)))
+        else:
+            path.with_suffix(".json").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+    return tuple(facts)
+
+
+def _read(path: Path) -> RouterFact | None:
+    try:
+        return _FACT.validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+class RouterFile:
+    """This router's own file. A state directory that is deleted under it is made again."""
+
+    def __init__(self, root: Path) -> None:
+        self._json = root / "routers" / f"{os.getpid()}.json"
+        self._lock = self._json.with_suffix(".lock")
+        self._descriptor: int | None = None
+        self._written = ""
+
+    def write(self, fact: RouterFact) -> None:
+        """Say what this router does now. Nothing is written when nothing has changed. Raises Environment."""
+        text = _FACT.dump_json(fact).decode()
+        if self._is_locked() and text == self._written and self._json.exists():
+            return
+        if not self._is_locked():
+            self._take_lock()
+        write_whole(self._json, text)
+        self._written = text
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        with contextlib.suppress(OSError):
+            self._json.unlink(missing_ok=True)
+            self._lock.unlink(missing_ok=True)
+
+    def _is_locked(self) -> bool:
+        if self._descriptor is None:
+            return False
+        try:
+            return self._lock.stat().st_ino == os.fstat(self._descriptor).st_ino
+        except FileNotFoundError:
+            return False
+
+    def _take_lock(self) -> None:
+        private_directory(self._lock.parent)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        try:
+            self._descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Environment(f"cannot hold {self._lock}: {error.strerror}") from error
