@@ -1,0 +1,221 @@
+"""This machine as a Host: the doors of world behind the Protocols of drive."""
+
+import os
+import select
+import signal
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from sage_reconcile.core.facts import Facts, HealthFact, RecordFact
+from sage_reconcile.core.identity import ProcessIdentity
+from sage_reconcile.core.label import variables
+from sage_reconcile.core.observed import Engine, ObservedState, spec_of
+from sage_reconcile.core.plan import StartEngine
+from sage_reconcile.core.progress import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
+from sage_reconcile.core.spec import EngineSpec
+from sage_reconcile.drive.observer import observe
+from sage_reconcile.world import processes
+from sage_reconcile.world.journal_file import AppliedRevisions
+from sage_reconcile.world.logs import log_path, new_log
+from sage_reconcile.world.probes import Prober, Question
+from sage_reconcile.world.programs import models, programs
+from sage_reconcile.world.records import Records
+from sage_reconcile.world.router_files import read_routers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """What a plan will ask about this machine beyond what runs: (program, directory) pairs, and model paths."""
+
+    programs: tuple[tuple[str, str], ...] = ()
+    models: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class LocalHost:
+    """One machine, looked at and acted on from inside.
+
+    `answer_seconds` is how long a look waits for engines that have been asked something: a command that looks once
+    waits long, a loop looks again soon.
+    """
+
+    root: Path
+    lookup: Lookup = field(default_factory=Lookup)
+    answer_seconds: float = 2.5
+    boot: str = field(default_factory=processes.boot_id)
+    node: str = field(default_factory=processes.node_name)
+    _prober: Prober = field(default_factory=Prober)
+    _children: processes.Children = field(default_factory=processes.Children)
+    _holds: dict[ProcessIdentity, processes.Gated] = field(default_factory=dict)
+
+    _applied: AppliedRevisions = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._applied = AppliedRevisions(self.root)
+
+    # --- looking ---
+
+    def look(self) -> ObservedState:
+        observed = observe(self)
+        self._let_go_of_ports(observed)
+        return observed
+
+    def facts(self) -> Facts:
+        records = Records(self.root)
+        for proof in self._prober.proofs():
+            records.write_proof(proof.engine, proof.leader, failure=proof.failure)
+        found, process_gaps = processes.processes(node=self.node, boot=self.boot)
+        sockets, socket_gaps = processes.listeners(fact.identity.pid for fact in found if fact.alive)
+        # After the processes were listed: one that is not among them has ended, and its end is known.
+        exits = self._children.reap()
+        return Facts(
+            taken_at=time.time(),
+            node=self.node,
+            boot_id=self.boot,
+            uid=os.getuid(),
+            processes=found,
+            own_pids=processes.own_pids(),
+            listeners=sockets,
+            programs=programs(self.lookup.programs),
+            models=models(self.lookup.models),
+            records=records.read(),
+            routers=read_routers(self.root),
+            exits=exits,
+            applied=self._applied.read(),
+            gaps=process_gaps + socket_gaps,
+        )
+
+    def healths(self, engines: tuple[Engine, ...]) -> tuple[HealthFact, ...]:
+        questions = [_question(engine) for engine in engines]
+        return self._prober.healths(questions, wait_seconds=self.answer_seconds)
+
+    def _let_go_of_ports(self, observed: ObservedState) -> None:
+        """Once an engine listens, or is gone, its port need not be held for it."""
+        held = {
+            engine.leader: engine
+            for engine in observed.engines
+            if not engine.listens_on and engine.leader in self._holds
+        }
+        for leader in [leader for leader in self._holds if leader not in held]:
+            hold = self._holds.pop(leader).hold
+            if hold is not None:
+                hold.close()
+
+    # --- doing ---
+
+    def do(self, order: Order) -> Spawned | None:
+        match order:
+            case Spawn(act=act):
+                return self._spawn(act)
+            case Mark(engine=engine, leader=leader, phase=phase):
+                records = Records(self.root)
+                records.write(replace(records.of(engine, leader), phase=phase))
+            case Terminate(processes=targets):
+                self._signal(targets, signal.SIGTERM)
+            case Kill(processes=targets):
+                self._signal(targets, signal.SIGKILL)
+            case Prove():
+                self._prober.prove(order.engine, order.leader, order.kind, order.model, order.host, order.port)
+            case Relabel(act=act):
+                records = Records(self.root)
+                record = records.of(act.engine, act.leader)
+                records.write(replace(record, policy=act.written, source=act.source, phase=""))
+        return None
+
+    def _spawn(self, act: StartEngine) -> Spawned:
+        """Gate, record, release: no engine runs that was not written down."""
+        label = variables(engine=act.engine, source=act.source, written=act.written, resolved=act.resolved)
+        log = log_path(self.root, act.engine)
+        log_fd = new_log(log)
+        try:
+            gated = processes.spawn(
+                act.resolved.placement,
+                act.resolved.argv,
+                {**dict(act.env), **label},
+                directory=act.resolved.directory,
+                log_fd=log_fd,
+                boot=self.boot,
+                hold=act.hold,
+            )
+        except processes.CannotSpawn as error:
+            return Spawned(leader=None, why=str(error))
+        finally:
+            os.close(log_fd)
+        released = False
+        try:
+            self._write_down(act, gated.identity, log)
+            gated.release()
+            released = True
+        except processes.CannotSpawn as error:
+            return Spawned(leader=None, why=str(error))
+        finally:
+            if not released:
+                gated.abandon()
+        self._children.add(act.engine, gated)
+        self._holds[gated.identity] = gated
+        return Spawned(leader=gated.identity)
+
+    def _write_down(self, act: StartEngine, leader: ProcessIdentity, log: Path) -> None:
+        """The record of a new process replaces those of the engine's earlier ones, which are gone."""
+        records = Records(self.root)
+        earlier = [record for record in records.read() if record.engine == act.engine]
+        records.write(
+            RecordFact(
+                engine=act.engine,
+                leader=leader,
+                port=act.resolved.placement.port,
+                from_start=True,
+                started_at=time.time(),
+                restarts=_restarts(earlier, act),
+                log=str(log),
+            )
+        )
+        for record in earlier:
+            if record.leader != leader:
+                records.forget(record.engine, record.leader)
+
+    def _signal(self, targets: Iterable[ProcessIdentity], number: signal.Signals) -> None:
+        for target in targets:
+            processes.send_signal(target, number, boot=self.boot)
+
+    # --- time ---
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def wall_clock(self) -> float:
+        return time.time()
+
+    def wait(self, seconds: float) -> None:
+        """Ends sooner when an engine that this sage started ends."""
+        pidfds = []
+        for leader in self._children.running:
+            try:
+                pidfds.append(os.pidfd_open(leader.pid))
+            except ProcessLookupError:
+                continue
+        try:
+            select.select(pidfds, [], [], seconds)
+        finally:
+            for pidfd in pidfds:
+                os.close(pidfd)
+
+
+def _question(engine: Engine) -> Question:
+    spec = spec_of(engine) or EngineSpec(name="unreadable", model="unreadable")
+    place = engine.resolved.placement
+    return Question(
+        leader=engine.leader,
+        host=place.host,
+        port=place.port,
+        path=spec.ready.path,
+        ask_models=not engine.has_record,
+    )
+
+
+def _restarts(earlier: list[RecordFact], act: StartEngine) -> int:
+    """How often an engine of this id was started again without having been asked to stop."""
+    crashed: Mapping[str, RecordFact] = {record.phase: record for record in earlier}
+    return crashed[""].restarts + 1 if "" in crashed else 0

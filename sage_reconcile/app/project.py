@@ -1,0 +1,70 @@
+"""From paths to a desired state, and what this machine must be asked before it can be planned."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from sage_reconcile.app.host import LocalHost, Lookup
+from sage_reconcile.core.desired import DesiredState
+from sage_reconcile.core.identity import EngineId
+from sage_reconcile.core.observed import ObservedState, project_engines
+from sage_reconcile.core.runtimes import program_of
+from sage_reconcile.core.spec import is_path
+from sage_reconcile.errors import Refused, Usage
+from sage_reconcile.world import manifests
+from sage_reconcile.world.state import home, state_root
+
+# The directory that is meant when no path is given.
+DEFAULT_PATH = "manifests"
+
+
+def load(paths: tuple[str, ...], project: str | None, environment: Mapping[str, str] = os.environ) -> DesiredState:
+    """What the manifests want. Raises InvalidManifests, and Usage when there is nothing to read."""
+    return manifests.load(default_paths(paths), project=project, home=str(home(environment)))
+
+
+def default_paths(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """The paths, or `manifests/` where it exists. Raises Usage."""
+    if paths:
+        return paths
+    if Path(DEFAULT_PATH).is_dir():
+        return (DEFAULT_PATH,)
+    raise Usage("no PATH is given, and there is no directory manifests/ here", hint="name a directory of manifests")
+
+
+def lookup(desired: DesiredState) -> Lookup:
+    """The programs and model paths that a plan for this state asks about."""
+    return Lookup(
+        programs=tuple((program_of(wanted.spec), wanted.directory) for wanted in desired.wanted),
+        models=tuple(wanted.spec.model for wanted in desired.wanted if is_path(wanted.spec.model)),
+    )
+
+
+def local_host(desired: DesiredState | None = None, environment: Mapping[str, str] = os.environ) -> LocalHost:
+    """This machine, ready to be asked about a desired state, or just looked at."""
+    return LocalHost(root=state_root(environment), lookup=lookup(desired) if desired else Lookup())
+
+
+def refuse_other_source(desired: DesiredState, observed: ObservedState, *, take_over: bool) -> None:
+    """Two directories that claim one project would each prune the other's engines. Raises Refused."""
+    others = {engine.source for engine in project_engines(observed, desired.project)} - {desired.source}
+    if others and not take_over:
+        raise Refused(
+            f"cannot apply {desired.source}: project {desired.project} runs from {', '.join(sorted(others))}",
+            hint="give one of them another project: in sage.yaml, or apply with --take-over",
+        )
+
+
+def revision(desired: DesiredState, observed: ObservedState) -> tuple[tuple[EngineId, str], ...]:
+    """All that the project runs once the desired state is applied: it, and the stacks that it does not speak of."""
+    from sage_reconcile.core.compare import written
+
+    mine = {wanted.id: written(wanted) for wanted in desired.wanted}
+    others = {
+        applied.engine: applied.written
+        for applied in observed.applied
+        if applied.engine.project == desired.project
+        and desired.prune_stacks is not None
+        and applied.engine.stack not in desired.prune_stacks
+    }
+    return tuple(sorted((others | mine).items()))

@@ -1,0 +1,92 @@
+"""status and logs: what runs, what should and does not, and what it says. Reads no manifest."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sage_reconcile.app.project import local_host
+from sage_reconcile.app.verbs import matching
+from sage_reconcile.core.facts import AppliedFact, RecordFact
+from sage_reconcile.core.observed import Engine, ObservedState
+from sage_reconcile.world import processes
+from sage_reconcile.world.logs import log_path, logged_engines
+from sage_reconcile.world.state import state_root
+
+_FOLLOW_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missing:
+    """An engine of the last applied revision that does not run."""
+
+    applied: AppliedFact
+    # The record of its last process; None when there is none.
+    record: RecordFact | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """Everything that `sage status` shows."""
+
+    observed: ObservedState
+    engines: tuple[Engine, ...]
+    missing: tuple[Missing, ...]
+    # Seconds since each engine's first process started, by the engine's leader.
+    uptimes: tuple[tuple[int, float], ...]
+
+    @property
+    def healthy(self) -> bool:
+        return not self.missing and all(engine.state == "ready" for engine in self.engines)
+
+
+def status(engine: str | None, project: str | None) -> Status:
+    """All engines of this user, or the ones that an id names. Raises Usage."""
+    observed = local_host().look()
+    running = {found.id for found in observed.engines}
+    applied = {fact.engine for fact in observed.applied}
+    shown = running | applied
+    if engine is not None:
+        shown = {matching(engine, shown, project)}
+    elif project is not None:
+        shown = {found for found in shown if found.project == project}
+    engines = tuple(found for found in observed.engines if found.id in shown)
+    return Status(
+        observed=observed,
+        engines=engines,
+        missing=tuple(
+            Missing(applied=fact, record=_last_record(observed, fact))
+            for fact in observed.applied
+            if fact.engine in shown - running
+        ),
+        uptimes=tuple((found.leader.pid, time.time() - processes.started_at(found.leader)) for found in engines),
+    )
+
+
+def _last_record(observed: ObservedState, applied: AppliedFact) -> RecordFact | None:
+    mine = [record for record in observed.records if record.engine == applied.engine]
+    return max(mine, key=lambda record: record.started_at, default=None)
+
+
+def log_file(engine: str, project: str | None, *, previous: bool) -> Path:
+    """The log of an engine, running or not. Raises Usage."""
+    known = set(logged_engines(state_root(os.environ)))
+    path = log_path(state_root(os.environ), matching(engine, known, project))
+    return path.with_suffix(".previous.log") if previous else path
+
+
+def followed(path: Path) -> Iterator[str]:
+    """What is written to a log from now on, for ever; a log that begins anew is followed from its start."""
+    position = path.stat().st_size if path.exists() else 0
+    while True:
+        if path.exists():
+            size = path.stat().st_size
+            position = 0 if size < position else position
+            if size > position:
+                with path.open("rb") as file:
+                    file.seek(position)
+                    text = file.read(size - position)
+                position = size
+                yield text.decode("utf-8", errors="replace")
+        time.sleep(_FOLLOW_SECONDS)

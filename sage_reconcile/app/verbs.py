@@ -1,0 +1,214 @@
+"""plan, apply and down: load, look, plan, ask, do."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sage_reconcile.app.host import LocalHost
+from sage_reconcile.app.project import load, local_host, refuse_other_source, revision
+from sage_reconcile.core.desired import DesiredState
+from sage_reconcile.core.identity import EngineId
+from sage_reconcile.core.observed import ObservedState, project_engines
+from sage_reconcile.core.plan import Plan, PlanOptions
+from sage_reconcile.core.planner import restore_target
+from sage_reconcile.drive.executor import Beat
+from sage_reconcile.drive.reconciler import Outcome, apply_plan, sound_plan
+from sage_reconcile.errors import InvalidManifests, Refused, Usage
+from sage_reconcile.world.journal_file import JournalFile
+from sage_reconcile.world.lock import lock_path, locked
+from sage_reconcile.world.records import Records
+
+# How long a look waits for answers while a plan is carried out: the next look comes soon.
+_LOOP_ANSWER_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A plan with what it was made from."""
+
+    plan: Plan
+    desired: DesiredState
+    observed: ObservedState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watcher:
+    """Whoever is told how an apply goes, and asked whether it may."""
+
+    # Shown the plan; True lets it be carried out.
+    approve: Callable[[Planned], bool]
+    on_beat: Callable[[Beat], None]
+    # Told the plan that puts things back.
+    on_restore: Callable[[Plan], None]
+
+
+def plan(
+    paths: tuple[str, ...], *, project: str | None, prune: bool = True, ready_seconds: float | None = None
+) -> Planned:
+    """What `apply` would do now. Touches nothing."""
+    desired = load(paths, project)
+    observed = local_host(desired).look()
+    options = PlanOptions(prune=prune, ready_seconds=ready_seconds)
+    return Planned(plan=sound_plan(desired, observed, options), desired=desired, observed=observed)
+
+
+def apply(
+    paths: tuple[str, ...],
+    watcher: Watcher,
+    *,
+    project: str | None,
+    prune: bool = True,
+    allow_empty: bool = False,
+    take_over: bool = False,
+    on_failure: str = "rollback",
+    ready_seconds: float | None = None,
+    lock_seconds: float = 0.0,
+) -> Outcome | Planned:
+    """Make it so, or put back what was there. A plan with something blocked is returned instead, and nothing done.
+
+    Raises Refused without approval, for an empty directory, and for another source; Locked; Environment.
+    """
+    desired = load(paths, project)
+    if not desired.wanted and not allow_empty:
+        raise Refused(
+            f"cannot apply {desired.source}: it wants no engines, so all of project {desired.project} would be stopped",
+            hint="if that is meant: sage down, or --allow-empty",
+        )
+    with locked(lock_path(os.environ), purpose=f"apply {desired.source}", wait_seconds=lock_seconds):
+        host = local_host(desired)
+        before = host.look()
+        refuse_other_source(desired, before, take_over=take_over)
+        options = PlanOptions(prune=prune, take_over=take_over, ready_seconds=ready_seconds)
+        planned = Planned(plan=sound_plan(desired, before, options), desired=desired, observed=before)
+        if planned.plan.blocked and on_failure != "continue":
+            return planned
+        return _carried_out(planned, host, watcher, revision=revision(desired, before), on_failure=on_failure)
+
+
+def down(
+    paths: tuple[str, ...], ids: tuple[str, ...], watcher: Watcher, *, project: str | None, everything: bool
+) -> tuple[Outcome, ...]:
+    """Stop engines in order: those of the paths' projects, those with these ids, or all of this user's.
+
+    Needs no manifest to parse: a path's engines carry the path. Raises Refused, Usage, Locked, Environment.
+    """
+    with locked(lock_path(os.environ), purpose="down"):
+        host = local_host()
+        observed = host.look()
+        asked = _asked(observed, paths, ids, project, everything=everything)
+        targets = {engine.id for engine in observed.engines if asked(engine.id, engine.source)}
+        missing = {applied.engine for applied in observed.applied} - {engine.id for engine in observed.engines}
+        # What does not run any more and was asked to stop is no longer missed.
+        gone = {engine for engine in missing if asked(engine, "")}
+        outcomes = []
+        for name in sorted({engine.project for engine in targets | gone}):
+            planned = _without(name, targets, observed)
+            applied = {fact.engine: fact.written for fact in observed.applied if fact.engine.project == name}
+            left = tuple(sorted((engine, text) for engine, text in applied.items() if engine not in targets | gone))
+            outcomes.append(_carried_out(planned, host, watcher, revision=left, on_failure="halt"))
+        return tuple(outcomes)
+
+
+def _carried_out(
+    planned: Planned,
+    host: LocalHost,
+    watcher: Watcher,
+    *,
+    revision: tuple[tuple[EngineId, str], ...],
+    on_failure: str,
+) -> Outcome:
+    plan, desired, before = planned.plan, planned.desired, planned.observed
+    if plan.changes and not watcher.approve(planned):
+        raise Refused("not approved: nothing was done")
+    host.answer_seconds = _LOOP_ANSWER_SECONDS
+    outcome = apply_plan(
+        plan,
+        desired,
+        before,
+        host,
+        JournalFile(host.root, desired.project),
+        revision=revision,
+        pid=os.getpid(),
+        on_failure=on_failure,
+        on_beat=watcher.on_beat,
+        on_restore=watcher.on_restore,
+    )
+    if outcome.result == "converged":
+        _forget_the_dead(host, desired.project, {engine for engine, _ in revision})
+    elif outcome.result == "restored":
+        _forget_the_dead(host, desired.project, {applied.engine for applied in before.applied})
+    return outcome
+
+
+def _forget_the_dead(host: LocalHost, project: str, kept: set[EngineId]) -> None:
+    """Records of processes that were stopped, or that nobody wants any more, have nothing left to hint at."""
+    alive = {engine.leader for engine in host.look().engines}
+    records = Records(host.root)
+    for record in records.read():
+        if record.engine.project != project or record.leader in alive:
+            continue
+        if record.phase == "stopping" or record.engine not in kept:
+            records.forget(record.engine, record.leader)
+
+
+# --- down -------------------------------------------------------------------------------------------------------------
+
+
+def _asked(
+    observed: ObservedState, paths: tuple[str, ...], ids: tuple[str, ...], project: str | None, *, everything: bool
+) -> Callable[[EngineId, str], bool]:
+    """Whether an engine, with the manifests' path that it carries, is one that shall stop."""
+    known = {engine.id for engine in observed.engines} | {applied.engine for applied in observed.applied}
+    named = {matching(text, known, project) for text in ids}
+    sources = {os.path.realpath(path) for path in paths if os.path.isdir(path)}
+    projects = {_project_of(path, project) for path in paths if os.path.isdir(path)}
+    stacks = {stack for path in paths if not os.path.isdir(path) for stack in _stacks_of(path, project)}
+    if project is not None and not (paths or ids):
+        projects.add(project)
+
+    def asked(engine: EngineId, source: str) -> bool:
+        by_path = source in sources or engine.project in projects or (engine.project, engine.stack) in stacks
+        return everything or engine in named or by_path
+
+    return asked
+
+
+def _project_of(directory: str, project: str | None) -> str:
+    """The project of a directory, also when its files do not parse."""
+    try:
+        return load((directory,), project).project
+    except InvalidManifests:
+        path = Path(os.path.realpath(directory))
+        return project or (path.parent.name if path.name == "manifests" else path.name)
+
+
+def _stacks_of(path: str, project: str | None) -> set[tuple[str, str]]:
+    """The stacks that a file loads. Raises InvalidManifests: a file that does not parse names no stack."""
+    desired = load((path,), project)
+    return {(desired.project, stack) for stack in desired.prune_stacks or ()}
+
+
+def _without(project: str, targets: set[EngineId], observed: ObservedState) -> Planned:
+    """A plan to what runs now, less the targets: a stop is a change of the desired state like any other."""
+    engines = project_engines(observed, project)
+    source = engines[0].source if engines else ""
+    everything = restore_target(observed, DesiredState(project=project, source=source, wanted=()))
+    desired = replace(everything, wanted=tuple(wanted for wanted in everything.wanted if wanted.id not in targets))
+    options = PlanOptions(restoring=True, stop_reason="destroyed")
+    return Planned(plan=sound_plan(desired, observed, options), desired=desired, observed=observed)
+
+
+def matching(text: str, known: set[EngineId], project: str | None) -> EngineId:
+    """The one engine that an id from the command line means. Raises Usage when there is none, or several."""
+    found = sorted(
+        engine
+        for engine in known
+        if text in (engine.full, str(engine)) and (project is None or engine.project == project)
+    )
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise Usage(f"{text} is ambiguous: {', '.join(engine.full for engine in found)}", hint="name the project too")
+    there_is = ", ".join(sorted(str(engine) for engine in known)) or "nothing"
+    raise Usage(f"there is no engine {text}; there is {there_is}")

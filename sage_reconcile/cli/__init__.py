@@ -1,0 +1,1 @@
+"""The command line: flags in, one call into app, render, exit code. A command imports only what it uses."""

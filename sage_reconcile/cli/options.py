@@ -1,0 +1,45 @@
+"""Options that several commands share, and where their output goes."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from sage_reconcile.errors import Usage
+from sage_reconcile.render.paint import Paint
+
+Paths = Annotated[
+    list[str] | None, typer.Argument(metavar="[PATH]...", help="Manifest files or directories; default: manifests/.")
+]
+Project = Annotated[str | None, typer.Option("-p", "--project", help="The project's name.")]
+Colour = Annotated[str, typer.Option("--color", metavar="auto|always|never", help="Colour in the output.")]
+Yes = Annotated[bool, typer.Option("-y", "--yes", "--auto-approve", help="Do not ask.")]
+
+
+def paint_for(colour: str, *, to_stderr: bool = False) -> Paint:
+    """Colour for a terminal, unless NO_COLOR is set (https://no-color.org). Raises Usage."""
+    if colour not in ("auto", "always", "never"):
+        raise Usage(f'--color is "{colour}", and can be auto, always or never')
+    stream = sys.stderr if to_stderr else sys.stdout
+    automatic = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return Paint(colour == "always" or (colour == "auto" and automatic))
+
+
+def chosen(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """The value, if it is one of the choices. Raises Usage."""
+    if value not in choices:
+        raise Usage(f'{name} is "{value}", and can be {", ".join(choices)}')
+    return value
+
+
+def seconds_option(name: str, value: str | None) -> float | None:
+    """A duration such as 30s; None stays None. Raises Usage."""
+    from sage_reconcile.core.quantities import seconds_of
+
+    if value is None:
+        return None
+    try:
+        return seconds_of(value)
+    except ValueError as error:
+        raise Usage(f"{name}: {error}") from error

@@ -1,0 +1,142 @@
+"""Talking about a plan: showing it, asking for approval, telling how it goes, and what came of it."""
+
+import shutil
+import sys
+from dataclasses import dataclass, field
+
+from sage_reconcile.app.verbs import Planned, Watcher
+from sage_reconcile.core.plan import Plan
+from sage_reconcile.drive.executor import Beat
+from sage_reconcile.drive.reconciler import Failure, Outcome
+from sage_reconcile.errors import (
+    ApplyRestored,
+    ApplyStuck,
+    Infeasible,
+    ObservationIncomplete,
+    Refused,
+    SageError,
+)
+from sage_reconcile.render.apply_text import (
+    RESULTS,
+    converged_line,
+    ended_lines,
+    running_line,
+    tasks_of,
+    unended,
+)
+from sage_reconcile.render.paint import Paint
+from sage_reconcile.render.plan_text import plan_text
+from sage_reconcile.world.logs import tail
+
+# As many last lines of a log as tell why a program gave up.
+_LAST_LINES = 12
+
+# Where there is no terminal to redraw, a line this often says that it still goes on.
+_LINE_EVERY_SECONDS = 10.0
+
+_CLEAR_LINE_ABOVE = "\x1b[1A\x1b[2K"
+
+
+def show(planned: Planned, paint: Paint) -> None:
+    """Print the plan on stdout."""
+    print(plan_text(planned.plan, planned.observed, paint), flush=True)
+
+
+def blocked_error(plan: Plan) -> SageError:
+    """The error for a plan that has something blocked."""
+    names = ", ".join(str(blocked.engine) for blocked in plan.blocked)
+    if any(blocked.reason == "not_observed" for blocked in plan.blocked):
+        return ObservationIncomplete(f"cannot plan {names}: not enough could be seen, see above")
+    return Infeasible(f"cannot place {names}, see above")
+
+
+def finish(outcome: Outcome, paint: Paint) -> None:
+    """Say what came of an apply. Raises ApplyRestored or ApplyStuck when an act failed."""
+    if outcome.result == "converged":
+        if outcome.plan.changes:
+            print(converged_line(outcome.plan, paint))
+        return
+    message = f"{RESULTS[outcome.result]}: {_because(outcome.failures + outcome.restore_failures)}"
+    if outcome.result == "restored":
+        raise ApplyRestored(message)
+    raise ApplyStuck(message, hint="sage status shows what runs now; sage apply tries again")
+
+
+def _because(failures: tuple[Failure, ...]) -> str:
+    return "; ".join(f"{failure.engine} {failure.why}" for failure in failures) or "see above"
+
+
+@dataclass(slots=True, kw_only=True)
+class Conversation:
+    """Asks on stderr, and tells there how it goes: a live line for each engine on a terminal, else one now and then."""
+
+    paint: Paint
+    live_paint: Paint
+    yes: bool
+    _drawn: int = 0
+    _told: set[int] = field(default_factory=set)
+    _plan: Plan | None = None
+    _last_line_at: float = 0.0
+
+    def watcher(self, question: str) -> Watcher:
+        return Watcher(
+            approve=lambda planned: self._approve(planned, question), on_beat=self._beat, on_restore=self._restore
+        )
+
+    def _approve(self, planned: Planned, question: str) -> bool:
+        show(planned, self.paint)
+        if self.yes:
+            return True
+        if not sys.stdin.isatty():
+            raise Refused("cannot ask for approval: stdin is not a terminal", hint="add -y")
+        print(f"\n{question} Only 'yes' will do: ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip() == "yes"
+
+    def _restore(self, _plan: Plan) -> None:
+        self._erase()
+        print(
+            self.live_paint("yellow", "  an engine failed: putting back what ran before"), file=sys.stderr, flush=True
+        )
+
+    def _beat(self, beat: Beat) -> None:
+        if beat.plan is not self._plan:
+            self._plan, self._told, self._last_line_at = beat.plan, set(), 0.0
+        self._erase()
+        tasks = tasks_of(beat.plan)
+        for index, task in enumerate(tasks):
+            entry = beat.progress.entries[index]
+            if entry.ended and index not in self._told:
+                self._told.add(index)
+                took_seconds = beat.now - entry.begun_at
+                # The log is read now: putting things back begins a new one.
+                lines = self._log_tail(beat, index, _LAST_LINES) if entry.phase == "failed" else ()
+                print("\n".join(ended_lines(task, entry, took_seconds, lines, self.live_paint)), file=sys.stderr)
+        if sys.stderr.isatty():
+            self._draw(beat)
+        elif beat.elapsed_seconds - self._last_line_at >= _LINE_EVERY_SECONDS:
+            self._last_line_at = beat.elapsed_seconds
+            print("\n".join(self._running(beat, width=200)), file=sys.stderr)
+        sys.stderr.flush()
+
+    def _running(self, beat: Beat, width: int) -> list[str]:
+        lines = []
+        for index in unended(beat.plan, beat.progress):
+            entry = beat.progress.entries[index]
+            last = "".join(self._log_tail(beat, index, 1))
+            lines.append(running_line(tasks_of(beat.plan)[index], entry, beat.now - entry.begun_at, last, width))
+        return lines
+
+    def _log_tail(self, beat: Beat, index: int, lines: int) -> tuple[str, ...]:
+        leader = beat.progress.entries[index].leader
+        log = next((record.log for record in beat.observed.records if record.leader == leader), "")
+        return tail(log, lines) if log else ()
+
+    def _draw(self, beat: Beat) -> None:
+        lines = self._running(beat, shutil.get_terminal_size().columns - 1)
+        if lines:
+            print("\n".join(lines), file=sys.stderr)
+        self._drawn = len(lines)
+
+    def _erase(self) -> None:
+        print(_CLEAR_LINE_ABOVE * self._drawn, end="", file=sys.stderr)
+        self._drawn = 0

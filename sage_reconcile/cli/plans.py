@@ -1,0 +1,109 @@
+"""`sage plan`, `sage apply` and `sage down`."""
+
+import json
+import os
+from typing import Annotated
+
+import typer
+
+from sage_reconcile.cli.options import Colour, Paths, Project, Yes, chosen, paint_for, seconds_option
+
+_CHANGES_PENDING = 2
+
+NoPrune = Annotated[bool, typer.Option("--no-prune", help="Leave engines alone that no manifest asks for.")]
+OnFailure = Annotated[str, typer.Option(metavar="rollback|halt|continue", help="What to do when an engine fails.")]
+Timeout = Annotated[str | None, typer.Option(metavar="DURATION", help="How long an engine may take to be ready.")]
+LockTimeout = Annotated[str, typer.Option(metavar="DURATION", help="How long to wait for another sage.")]
+Targets = Annotated[list[str] | None, typer.Argument(metavar="[PATH|ID]...", help="Directories, files or ids.")]
+
+
+def plan(
+    paths: Paths = None,
+    project: Project = None,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="text|json")] = "text",
+    detailed_exitcode: Annotated[
+        bool, typer.Option("--detailed-exitcode", help="Exit with 2 when there are changes.")
+    ] = False,
+    no_prune: NoPrune = False,
+    color: Colour = "auto",
+) -> None:
+    """Show what apply would change, and why. Touches nothing."""
+    from sage_reconcile.app import verbs
+    from sage_reconcile.cli.outcome import blocked_error, show
+
+    chosen("-o", output, ("text", "json"))
+    planned = verbs.plan(tuple(paths or ()), project=project, prune=not no_prune)
+    if output == "json":
+        from sage_reconcile.render.plan_json import plan_json
+
+        print(json.dumps(plan_json(planned.plan, planned.observed), indent=2))
+    else:
+        show(planned, paint_for(color))
+    if planned.plan.blocked:
+        raise blocked_error(planned.plan)
+    if detailed_exitcode and planned.plan.changes:
+        raise typer.Exit(_CHANGES_PENDING)
+
+
+def apply(
+    paths: Paths = None,
+    project: Project = None,
+    yes: Yes = False,
+    on_failure: OnFailure = "rollback",
+    no_prune: NoPrune = False,
+    allow_empty: Annotated[bool, typer.Option("--allow-empty", help="Apply what wants no engines.")] = False,
+    take_over: Annotated[bool, typer.Option("--take-over", help="Take the project over from another path.")] = False,
+    timeout: Timeout = None,
+    lock_timeout: LockTimeout = "0s",
+    color: Colour = "auto",
+) -> None:
+    """Make it so, or put back what was there."""
+    from sage_reconcile.app import verbs
+    from sage_reconcile.cli.outcome import Conversation, blocked_error, finish, show
+
+    chosen("--on-failure", on_failure, ("rollback", "halt", "continue"))
+    conversation = Conversation(paint=paint_for(color), live_paint=paint_for(color, to_stderr=True), yes=yes)
+    outcome = verbs.apply(
+        tuple(paths or ()),
+        conversation.watcher("Apply?"),
+        project=project,
+        prune=not no_prune,
+        allow_empty=allow_empty,
+        take_over=take_over,
+        on_failure=on_failure,
+        ready_seconds=seconds_option("--timeout", timeout),
+        lock_seconds=seconds_option("--lock-timeout", lock_timeout) or 0.0,
+    )
+    if isinstance(outcome, verbs.Planned):
+        show(outcome, paint_for(color))
+        raise blocked_error(outcome.plan)
+    finish(outcome, paint_for(color))
+    if outcome.plan.blocked:
+        raise blocked_error(outcome.plan)
+
+
+def down(
+    targets: Targets = None,
+    project: Project = None,
+    everything: Annotated[bool, typer.Option("--all", help="All engines of yours on this machine.")] = False,
+    yes: Yes = False,
+    color: Colour = "auto",
+) -> None:
+    """Stop engines, those that others depend on last."""
+    from sage_reconcile.app import verbs
+    from sage_reconcile.app.project import default_paths
+    from sage_reconcile.cli.outcome import Conversation, finish
+
+    named = targets or []
+    # What exists on the disk is a path; anything else is an id.
+    paths = tuple(target for target in named if os.path.exists(target))
+    ids = tuple(target for target in named if target not in paths)
+    if not (named or everything or project):
+        paths = default_paths(())
+    conversation = Conversation(paint=paint_for(color), live_paint=paint_for(color, to_stderr=True), yes=yes)
+    outcomes = verbs.down(paths, ids, conversation.watcher("Stop them?"), project=project, everything=everything)
+    if not any(outcome.plan.changes for outcome in outcomes):
+        print("nothing to stop")
+        return
+    for outcome in outcomes:
+        finish(outcome, paint_for(color))

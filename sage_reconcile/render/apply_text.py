@@ -1,0 +1,73 @@
+"""How an apply goes and what came of it, in lines for a reader."""
+
+from collections.abc import Mapping
+
+from sage_reconcile.core.plan import Act, Awaited, Plan, RelabelEngine, StartEngine, StopEngine
+from sage_reconcile.core.progress import ActProgress, Progress
+from sage_reconcile.core.quantities import duration_text
+from sage_reconcile.render.paint import PLAIN, Paint, one_line
+
+_PHASES = {"draining": "draining", "terminating": "stopping", "killing": "killing", "starting": "starting"}
+
+
+def tasks_of(plan: Plan) -> tuple[Act | Awaited, ...]:
+    """What a progress has entries for, in their order."""
+    return (*plan.acts, *plan.awaited)
+
+
+def running_line(
+    task: Act | Awaited, entry: ActProgress, elapsed_seconds: float, last_log_line: str, width: int
+) -> str:
+    """The live line of one engine: what is being done to it, for how long, and the last that it said."""
+    line = f"  {task.engine}  {_PHASES[entry.phase]}  {duration_text(elapsed_seconds)}"
+    return one_line(f"{line}  {last_log_line}" if last_log_line else line, width)
+
+
+def ended_lines(
+    task: Act | Awaited, entry: ActProgress, took_seconds: float, log_tail: tuple[str, ...], paint: Paint = PLAIN
+) -> list[str]:
+    """What stays on the screen once an act has ended: a line, and for a failure the last that the engine said."""
+    took = f"{took_seconds:.1f}s"
+    if entry.phase == "failed":
+        lines = [f"  {paint('red', 'failed')}   {task.engine}  {entry.why}"]
+        return lines + [f"    | {line}" for line in log_tail]
+    match task:
+        case StopEngine():
+            return [f"  {paint('dim', 'stopped')}  {task.engine}  pid {task.leader.pid}  {took}"]
+        case RelabelEngine():
+            return [f"  {paint('cyan', 'updated')}  {task.engine}"]
+        case StartEngine():
+            pid = entry.leader.pid if entry.leader else "?"
+            port = task.resolved.placement.port
+            return [f"  {paint('green', 'ready')}    {task.engine}  pid {pid}  port {port}  {took}"]
+        case Awaited():
+            return [f"  {paint('green', 'ready')}    {task.engine}  pid {task.leader.pid}  {took}"]
+
+
+RESULTS: Mapping[str, str] = {
+    "converged": "applied",
+    "restored": "the apply failed, and what ran before runs again",
+    "stuck": "the apply failed, and not everything could be put back",
+    "halted": "the apply failed, and was left as it is",
+}
+
+
+def converged_line(plan: Plan, paint: Paint = PLAIN) -> str:
+    """One line for the good end of an apply."""
+    done = ", ".join(f"{count} {word}" for word, count in counts_of(plan).items() if count)
+    return f"{paint('green', 'Applied')}: {done}."
+
+
+def counts_of(plan: Plan) -> dict[str, int]:
+    """How many steps of each sort a plan has, in the past tense."""
+    words = {"start": "started", "recreate": "recreated", "update": "updated", "stop": "stopped"}
+    return {word: sum(step.action == action for step in plan.steps) for action, word in words.items()}
+
+
+def unended(plan: Plan, progress: Progress) -> list[int]:
+    """The indexes of what is under way."""
+    return [
+        index
+        for index in range(len(tasks_of(plan)))
+        if not progress.entries[index].ended and progress.entries[index].phase != "waiting"
+    ]
