@@ -11,6 +11,9 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
 ) -> None:
     """Serve one OpenAI-compatible address in front of whatever runs."""
-    from sage_reconcile.app.serving import serve as run
+    from sage_reconcile.app.serving import serve as serve_here
 
-    run(host, port, lambda url: print(f"serving {url}/v1 (Ctrl-C drains and stops)", file=sys.stderr, flush=True))
+    def listening(url: str) -> None:
+        print(f"serving {url}/v1 (Ctrl-C drains and stops)", file=sys.stderr, flush=True)
+
+    serve_here(host, port, listening)
