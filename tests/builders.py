@@ -51,7 +51,15 @@ def identity(pid: int, ticks: int | None = None, boot: str = BOOT) -> ProcessIde
 
 
 def running(
-    text: str, port: int, pid: int, *, project: str = PROJECT, state: str = "ready", source: str = SOURCE, **fields: Any
+    text: str,
+    port: int,
+    pid: int,
+    /,
+    *,
+    project: str = PROJECT,
+    state: str = "ready",
+    source: str = SOURCE,
+    **fields: Any,
 ) -> Engine:
     """An engine as it runs, started from a spec with these fields."""
     engine = the_id(text, project)

@@ -200,7 +200,9 @@ def _placed(
             asked_ports={port for port, engine in asked.items() if engine != wanted.id},
         )
         predecessor = change.stops[-1] if change.stops else None
-        place = _missing_part(wanted, observed, homeless) or placement(wanted, desired, observed, predecessor, taken)
+        place = placement(wanted, desired, observed, predecessor, taken)
+        if isinstance(place, Placement):
+            place = _missing_part(wanted, observed, homeless) or place
         if isinstance(place, Refusal):
             refusals.append(
                 Blocked(engine=wanted.id, reason=place.reason, why=place.why, would_help=place.would_help, at=wanted.at)
@@ -237,7 +239,7 @@ def _ports(
 
 
 def _missing_part(wanted: Wanted, observed: ObservedState, homeless: set[EngineId]) -> Refusal | None:
-    """What the engine lacks before any place could be found for it."""
+    """What the engine lacks besides a place."""
     spec = wanted.spec
     waits_for = sorted(str(engine) for engine in homeless if f"{engine.stack}/{engine.name}" in wanted.depends_on)
     if waits_for:

@@ -17,6 +17,13 @@ _MEANINGS = {
 }
 _COLOURS = {"start": "green", "stop": "red", "recreate": "yellow", "update": "cyan", "kept": "dim", "blocked": "red"}
 
+_VERBS = {
+    "dependency": "cannot start",
+    "model_missing": "cannot start",
+    "not_observed": "cannot decide about",
+    "program_missing": "cannot start",
+}
+
 # Longer values are cut: the manifest has them in full.
 _VALUE_WIDTH = 60
 
@@ -97,7 +104,8 @@ def _blocked(plan: Plan, paint: Paint) -> list[str]:
 def blocked_lines(blocked: Blocked, *, kept: bool, paint: Paint = PLAIN) -> list[str]:
     """A refusal: what cannot be done, why, and what would help."""
     stays = "  (what runs is kept)" if kept else ""
-    lines = [f"{paint('red', '!')} cannot place {blocked.engine}: {blocked.why}{stays}"]
+    verb = _VERBS.get(blocked.reason, "cannot place")
+    lines = [f"{paint('red', '!')} {verb} {blocked.engine}: {blocked.why}{stays}"]
     if blocked.at:
         lines[0] += f"  {blocked.at}"
     if blocked.would_help:

@@ -1,0 +1,50 @@
+"""Golden plans: a directory each, with the manifests, a world and the plan that a reader sees.
+
+The world is the JSON of core.observed, the form in which a host is snapshot. `SNAP_UPDATE=1 pytest tests/scenarios`
+writes the plans anew; the diff is what a reviewer reads.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sage_reconcile.core.audit import audit
+from sage_reconcile.core.observed import parse_observed
+from sage_reconcile.core.plan import Plan, PlanOptions, after
+from sage_reconcile.core.planner import make_plan
+from sage_reconcile.drive.executor import act_sentence
+from sage_reconcile.render.plan_text import plan_text
+from sage_reconcile.world.manifests import load
+
+HERE = Path(__file__).resolve().parent
+SCENARIOS = sorted(path.parent for path in HERE.glob("*/world.json"))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda path: path.name)
+def test_the_plan_is_the_one_that_was_reviewed(scenario: Path) -> None:
+    observed = parse_observed((scenario / "world.json").read_bytes())
+    desired = load((str(scenario / "manifests"),), project="lab", home="/home/ada")
+    plan = make_plan(desired, observed, PlanOptions())
+    shown = told(plan, plan_text(plan, observed)).replace(str(HERE), "")
+    golden = scenario / "plan.txt"
+    if os.environ.get("SNAP_UPDATE"):
+        golden.write_text(shown, encoding="utf-8")
+    assert shown == golden.read_text(encoding="utf-8")
+    assert audit(plan, desired, observed) == ()
+    for act in plan.acts:
+        observed = after(act, observed)
+    assert make_plan(desired, observed, PlanOptions()).acts == ()
+
+
+def told(plan: Plan, text: str) -> str:
+    """The plan as a reader sees it, then its acts, each with what it waits for."""
+    acts = [
+        f"  [{index}] {act_sentence(act)}" + (f"  after {', '.join(map(str, act.after))}" if act.after else "")
+        for index, act in enumerate(plan.acts)
+    ]
+    return "\n".join([text, "", "Acts:", *(acts or ["  none"])]) + "\n"
+
+
+def test_there_are_scenarios() -> None:
+    assert len(SCENARIOS) >= 12
