@@ -90,26 +90,40 @@ def execute(
 
 
 def _step(plan: Plan, progress: Progress, observed: ObservedState, host: Host, journal: Journal) -> Progress:
-    """One look's worth: journal what begins, give the orders, journal what ended."""
+    """One look: journal what it showed to have ended, then what begins; give the orders; journal what they ended."""
     before = progress
     progress, orders = advance(plan, progress, observed, host.now())
-    for index, act in enumerate(plan.acts):
-        if before.entries[index].phase == "waiting" and progress.entries[index].phase != "waiting":
-            journal.append(ActBegun(at=host.wall_clock(), act=index))
-            assert act.engine.project == plan.project
+    acts = range(len(plan.acts))
+    begun = [index for index in acts if _begins(before, progress, index)]
+    for index in acts:
+        if index not in begun and _ends(before, progress, index):
+            journal.append(_end_of(progress, index, host))
+    for index in begun:
+        journal.append(ActBegun(at=host.wall_clock(), act=index))
+    told = progress
     for index, order in orders:
         result = host.do(order)
         if isinstance(result, Spawned):
             progress = spawned(progress, index, result)
-    for index in range(len(plan.acts)):
-        entry = progress.entries[index]
-        if entry.ended and not before.entries[index].ended:
-            journal.append(
-                ActDone(at=host.wall_clock(), act=index)
-                if entry.phase == "done"
-                else ActFailed(at=host.wall_clock(), act=index, why=entry.why)
-            )
+    for index in acts:
+        if _ends(before if index in begun else told, progress, index):
+            journal.append(_end_of(progress, index, host))
     return progress
+
+
+def _begins(before: Progress, after: Progress, index: int) -> bool:
+    return before.entries[index].phase == "waiting" and after.entries[index].phase != "waiting"
+
+
+def _ends(before: Progress, after: Progress, index: int) -> bool:
+    return after.entries[index].ended and not before.entries[index].ended
+
+
+def _end_of(progress: Progress, index: int, host: Host) -> Entry:
+    entry = progress.entries[index]
+    if entry.phase == "done":
+        return ActDone(at=host.wall_clock(), act=index)
+    return ActFailed(at=host.wall_clock(), act=index, why=entry.why)
 
 
 def act_sentence(act: Act) -> str:
