@@ -46,7 +46,10 @@ def _recognise(argv: tuple[str, ...]) -> Recognised | None:
     options = argv[start + 1 :]
     embedding = any(word in ("--embedding", "--embeddings") for word in options)
     rerank = any(word in ("--rerank", "--reranking") for word in options)
-    model = option(options, "--alias", "-a") or option(options, "--model", "-m") or option(options, "-hf", "--hf-repo")
+    loaded = option(options, "--model", "-m") or option(options, "-hf", "--hf-repo")
+    if start > 0 and loaded is None:
+        return None  # `grep llama-server`: the word alone, behind another program, starts nothing.
+    model = option(options, "--alias", "-a") or loaded
     return Recognised(
         runtime="llama.cpp",
         kind="rerank" if rerank else "embedding" if embedding else "llm",
