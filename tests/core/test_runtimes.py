@@ -35,8 +35,8 @@ def test_vllm() -> None:
         model="org/m", tensor_parallel=2, pipeline_parallel=3, max_model_len=4096, dtype="bfloat16", quantization="awq"
     ) == (
         "program", "serve", "org/m", "--host", "127.0.0.1", "--port", "8001", "--served-model-name", "org/m",
-        "--tensor-parallel-size", "2", "--pipeline-parallel-size", "3", "--max-model-len", "4096", "--dtype", "bfloat16",
-        "--quantization", "awq",
+        "--tensor-parallel-size", "2", "--pipeline-parallel-size", "3", "--max-model-len", "4096",
+        "--dtype", "bfloat16", "--quantization", "awq",
     )  # fmt: skip
 
 
