@@ -36,8 +36,9 @@ class Planned:
 class Watcher:
     """Whoever is told how an apply goes, and asked whether it may."""
 
-    # Shown the plan; True lets it be carried out.
-    approve: Callable[[Planned], bool]
+    show: Callable[[Planned], None]
+    # Asked once the plan was shown; True lets it be carried out.
+    approve: Callable[[], bool]
     on_beat: Callable[[Beat], None]
     # Told the plan that puts things back.
     on_restore: Callable[[Plan], None]
@@ -119,8 +120,12 @@ def _carried_out(
     on_failure: str,
 ) -> Outcome:
     plan, desired, before = planned.plan, planned.desired, planned.observed
-    if plan.changes and not watcher.approve(planned):
+    watcher.show(planned)
+    if plan.changes and not watcher.approve():
         raise Refused("not approved: nothing was done")
+    applied = {fact.engine: fact.written for fact in before.applied if fact.engine.project == desired.project}
+    if not plan.changes and not plan.awaited and dict(revision) == applied:
+        return Outcome(result="converged", plan=plan, observed=before)
     host.answer_seconds = _LOOP_ANSWER_SECONDS
     outcome = apply_plan(
         plan,

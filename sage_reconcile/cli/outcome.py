@@ -80,11 +80,13 @@ class Conversation:
 
     def watcher(self, question: str) -> Watcher:
         return Watcher(
-            approve=lambda planned: self._approve(planned, question), on_beat=self._beat, on_restore=self._restore
+            show=lambda planned: show(planned, self.paint),
+            approve=lambda: self._approve(question),
+            on_beat=self._beat,
+            on_restore=self._restore,
         )
 
-    def _approve(self, planned: Planned, question: str) -> bool:
-        show(planned, self.paint)
+    def _approve(self, question: str) -> bool:
         if self.yes:
             return True
         if not sys.stdin.isatty():

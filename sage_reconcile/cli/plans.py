@@ -102,8 +102,7 @@ def down(
         paths = default_paths(())
     conversation = Conversation(paint=paint_for(color), live_paint=paint_for(color, to_stderr=True), yes=yes)
     outcomes = verbs.down(paths, ids, conversation.watcher("Stop them?"), project=project, everything=everything)
-    if not any(outcome.plan.changes for outcome in outcomes):
+    if not outcomes:
         print("nothing to stop")
-        return
     for outcome in outcomes:
         finish(outcome, paint_for(color))

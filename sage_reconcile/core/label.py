@@ -37,25 +37,28 @@ def variables(*, engine: EngineId, source: str, written: str, resolved: Resolved
     }
 
 
-def parse_label(environment: Mapping[str, str]) -> Label | None:
-    """The label in an environment; None when a part is missing or makes no sense: then the process is not ours."""
-    parts = [environment.get(name, "") for name in (PROJECT, SOURCE, ENGINE, SPEC, PLACEMENT, LEADER)]
-    if not all(parts):
+def parse_label(environment: Mapping[str, str], *, gate: tuple[int, int] | None = None) -> Label | None:
+    """The label in an environment; None when a part is missing or makes no sense: then the process is not ours.
+
+    `gate` is (pid, start ticks) of a process that leads its session: before the engine's program runs in it, it is the
+    gate, which cannot name itself yet, and is its own leader.
+    """
+    parts = [environment.get(name, "") for name in (PROJECT, SOURCE, ENGINE, SPEC, PLACEMENT)]
+    leader = _leader(environment[LEADER]) if LEADER in environment else gate
+    if not all(parts) or leader is None:
         return None
-    project, source, engine, spec, placement, leader = parts
+    project, source, engine, spec, placement = parts
     the_id = engine_id(project, engine)
     resolved = parse_resolved(placement)
     written = _json_object(spec)
-    pid, _, ticks = leader.partition(":")
-    if the_id is None or resolved is None or written is None or not (_is_number(pid) and _is_number(ticks)):
+    if the_id is None or resolved is None or written is None:
         return None
-    return Label(
-        engine=the_id,
-        source=source,
-        written=canonical_json(written),
-        resolved=resolved,
-        leader=(int(pid), int(ticks)),
-    )
+    return Label(engine=the_id, source=source, written=canonical_json(written), resolved=resolved, leader=leader)
+
+
+def _leader(text: str) -> tuple[int, int] | None:
+    pid, _, ticks = text.partition(":")
+    return (int(pid), int(ticks)) if _is_number(pid) and _is_number(ticks) else None
 
 
 def _is_number(text: str) -> bool:

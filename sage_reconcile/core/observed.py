@@ -186,7 +186,9 @@ def _labels(processes: Iterable[ProcessFact], facts: Facts) -> dict[int, Label]:
     for fact in processes:
         if fact.uid != facts.uid or not fact.label or fact.identity.pid in facts.own_pids:
             continue
-        label = parse_label(dict(fact.label))
+        leads = fact.session == fact.identity.pid
+        gate = (fact.identity.pid, fact.identity.start_ticks) if leads else None
+        label = parse_label(dict(fact.label), gate=gate)
         if label is not None:
             found[fact.identity.pid] = label
     return found

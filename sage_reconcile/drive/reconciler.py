@@ -81,45 +81,50 @@ def apply_plan(
             revision=revision,
         )
     )
+    result = "interrupted"
+    try:
+        outcome = _outcome(plan, desired, before, host, journal, on_failure, on_beat, on_restore)
+        result = outcome.result
+    finally:
+        journal.append(PlanEnded(at=host.wall_clock(), outcome=result))
+    return outcome
+
+
+def _outcome(
+    plan: Plan,
+    desired: DesiredState,
+    before: ObservedState,
+    host: Host,
+    journal: Journal,
+    on_failure: str,
+    on_beat: Callable[[Beat], None],
+    on_restore: Callable[[Plan], None],
+) -> Outcome:
+    """1. Carry the plan out. 2. When an act fails, plan back to what ran before, and carry that out. 3. Look again."""
+    # (1)
     done = execute(plan, host, journal, keep_going=on_failure == "continue", on_beat=on_beat)
     failures = _failures(plan, done)
-    if not failures:
-        return _ended("converged", plan, done, host, journal)
-    if on_failure != "rollback":
-        return _ended("halted", plan, done, host, journal, failures=failures)
+    if not failures or on_failure != "rollback":
+        return Outcome(
+            result="halted" if failures else "converged", plan=plan, failures=failures, observed=done.observed
+        )
+    # (2)
     target = restore_target(before, desired)
     options = PlanOptions(restoring=True)
     restore = sound_plan(target, host.look(), options)
     on_restore(restore)
     journal.append(RestoreBegun(at=host.wall_clock(), acts=tuple(act_sentence(act) for act in restore.acts)))
     restored = execute(restore, host, journal, on_beat=on_beat)
+    # (3)
     restore_failures = _failures(restore, restored)
     left = sound_plan(target, host.look(), options)
-    result = "stuck" if restore_failures or restore.blocked or left.changes else "restored"
-    return _ended(
-        result, plan, restored, host, journal, failures=failures, restore=restore, restore_failures=restore_failures
-    )
-
-
-def _ended(
-    result: str,
-    plan: Plan,
-    done: Executed,
-    host: Host,
-    journal: Journal,
-    *,
-    failures: tuple[Failure, ...] = (),
-    restore: Plan | None = None,
-    restore_failures: tuple[Failure, ...] = (),
-) -> Outcome:
-    journal.append(PlanEnded(at=host.wall_clock(), outcome=result))
     return Outcome(
-        result=result,
+        result="stuck" if restore_failures or restore.blocked or left.changes else "restored",
         plan=plan,
         failures=failures,
         restore=restore,
         restore_failures=restore_failures,
-        observed=done.observed,
+        observed=restored.observed,
     )
 
 

@@ -109,12 +109,18 @@ def test_another_user_s_process_with_our_label_is_not_ours() -> None:
 )
 def test_a_partial_label_makes_no_engine(missing: str) -> None:
     partial = tuple(entry for entry in labelled(identity(100)) if entry[0] != missing)
-    assert assemble(facts(process(100, label=partial))).engines == ()
+    assert assemble(facts(process(101, session=100, label=partial))).engines == ()
+
+
+def test_a_process_at_the_gate_is_already_its_engine() -> None:
+    """The gate learns its own name last; a look in between must not take the engine for gone."""
+    gate = tuple(entry for entry in labelled(identity(100)) if entry[0] != label.LEADER)
+    assert the_engine(facts(process(100, label=gate))).leader == identity(100)
 
 
 @pytest.mark.parametrize("name", [label.ENGINE, label.SPEC, label.PLACEMENT, label.LEADER])
 def test_a_label_that_makes_no_sense_makes_no_engine(name: str) -> None:
-    for nonsense in ("x", "[]", "{", "/", "1:", '"a"', "null", "[" * 5000):
+    for nonsense in ("", "x", "[]", "{", "/", "1:", '"a"', "null", "[" * 5000):
         forged = tuple((key, nonsense if key == name else value) for key, value in labelled(identity(100)))
         assert assemble(facts(process(100, label=forged))).engines == ()
 
