@@ -127,7 +127,7 @@ def _server(args: argparse.Namespace) -> Any:  # xllamacpp has no types
     try:
         return xllamacpp.Server(_params(xllamacpp, args))
     except RuntimeError:
-        _fail(f"cannot serve {args.model} on {args.host}:{args.port}: llama.cpp says why above")
+        _fail(f"cannot serve {args.model} on {args.host}:{args.port}: llama.cpp says why in its own lines")
 
 
 def _params(library: Any, args: argparse.Namespace) -> Any:

@@ -126,8 +126,8 @@ def _gpu_problems(entry: Entry) -> Iterator[Problem]:
 
 
 def _runtime_problems(entry: Entry) -> Iterator[Problem]:
-    """What the program behind the engine could not do with it."""
-    if is_served(entry.spec):
+    """What the program behind the engine could not do with it; a wish that is not served yet is told as that alone."""
+    if is_served(entry.spec) and not not_served_yet(entry.fields.values):
         for field, sentence in runtime_of(entry.spec).complaints(entry.spec):
             yield entry.fields.problem((field,), sentence, "remove it, or choose another runtime")
 

@@ -24,7 +24,7 @@ def _env(_spec: EngineSpec, _placement: Placement) -> dict[str, str]:
 
 
 def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
-    wrong_kind = (("kind", "kind: infinity serves embeddings, not llm"),) if spec.kind != "embedding" else ()
+    wrong_kind = (("kind", f"kind: infinity serves embedding, not {spec.kind}"),) if spec.kind != "embedding" else ()
     return wrong_kind + unsupported(spec, ("quantization", "max_model_len"), "infinity has no such option")
 
 

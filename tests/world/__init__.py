@@ -1,0 +1,1 @@
+"""Tests of world: real files, real processes."""
