@@ -10,7 +10,7 @@ from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.observed import ObservedState, project_engines
 from sage_reconcile.core.runtimes import program_of
 from sage_reconcile.core.spec import is_path
-from sage_reconcile.errors import Refused, Usage
+from sage_reconcile.errors import InvalidManifests, Refused, Usage
 from sage_reconcile.world import manifests
 from sage_reconcile.world.state import home, state_root
 
@@ -20,7 +20,12 @@ DEFAULT_PATH = "manifests"
 
 def load(paths: tuple[str, ...], project: str | None, environment: Mapping[str, str] = os.environ) -> DesiredState:
     """What the manifests want. Raises InvalidManifests, and Usage when there is nothing to read."""
-    return manifests.load(default_paths(paths), project=project, home=str(home(environment)))
+    desired = manifests.load(default_paths(paths), project=project, home=str(home(environment)))
+    if not desired.source.isprintable():
+        raise InvalidManifests(
+            f"cannot use {desired.source!r}: its name holds bytes that are no text", hint="rename it"
+        )
+    return desired
 
 
 def default_paths(paths: tuple[str, ...]) -> tuple[str, ...]:
@@ -47,11 +52,22 @@ def local_host(desired: DesiredState | None = None, environment: Mapping[str, st
 
 def refuse_other_source(desired: DesiredState, observed: ObservedState, *, take_over: bool) -> None:
     """Two directories that claim one project would each prune the other's engines. Raises Refused."""
-    others = {engine.source for engine in project_engines(observed, desired.project)} - {desired.source}
+    in_scope = [
+        engine
+        for engine in project_engines(observed, desired.project)
+        if desired.prune_stacks is None or engine.id.stack in desired.prune_stacks
+    ]
+    others = {engine.source for engine in in_scope} - {desired.source}
     if others and not take_over:
         raise Refused(
             f"cannot apply {desired.source}: project {desired.project} runs from {', '.join(sorted(others))}",
             hint="give one of them another project: in sage.yaml, or apply with --take-over",
+        )
+    renamed = {engine.id.project for engine in observed.engines if engine.source == desired.source} - {desired.project}
+    if renamed:
+        raise Refused(
+            f"cannot apply {desired.source} as project {desired.project}: it runs as {', '.join(sorted(renamed))}",
+            hint=f"stop that first: sage down -p {min(renamed)}, or keep the project's name",
         )
 
 

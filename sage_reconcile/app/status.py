@@ -11,7 +11,7 @@ from sage_reconcile.app.verbs import matching
 from sage_reconcile.core.facts import AppliedFact, RecordFact
 from sage_reconcile.core.observed import Engine, ObservedState
 from sage_reconcile.world import processes
-from sage_reconcile.world.logs import log_path, logged_engines
+from sage_reconcile.world.logs import log_path, logged_engines, previous_log
 from sage_reconcile.world.state import state_root
 
 _FOLLOW_SECONDS = 0.2
@@ -48,7 +48,7 @@ def status(engine: str | None, project: str | None) -> Status:
     applied = {fact.engine for fact in observed.applied}
     shown = running | applied
     if engine is not None:
-        shown = {matching(engine, shown, project)}
+        shown = matching(engine, shown, project)
     elif project is not None:
         shown = {found for found in shown if found.project == project}
     engines = tuple(found for found in observed.engines if found.id in shown)
@@ -72,8 +72,8 @@ def _last_record(observed: ObservedState, applied: AppliedFact) -> RecordFact | 
 def log_file(engine: str, project: str | None, *, previous: bool) -> Path:
     """The log of an engine, running or not. Raises Usage."""
     known = set(logged_engines(state_root(os.environ)))
-    path = log_path(state_root(os.environ), matching(engine, known, project))
-    return path.with_suffix(".previous.log") if previous else path
+    path = log_path(state_root(os.environ), min(matching(engine, known, project)))
+    return previous_log(path) if previous else path
 
 
 def followed(path: Path) -> Iterator[str]:

@@ -2,8 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 from sage_reconcile.app.host import LocalHost
 from sage_reconcile.app.project import load, local_host, refuse_other_source, revision
@@ -11,13 +10,13 @@ from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.observed import ObservedState, project_engines
 from sage_reconcile.core.plan import Plan, PlanOptions
-from sage_reconcile.core.planner import restore_target
 from sage_reconcile.drive.executor import Beat
 from sage_reconcile.drive.reconciler import Outcome, apply_plan, sound_plan
 from sage_reconcile.errors import InvalidManifests, Refused, Usage
 from sage_reconcile.world.journal_file import JournalFile
 from sage_reconcile.world.lock import lock_path, locked
 from sage_reconcile.world.records import Records
+from sage_reconcile.world.state import check_writable
 
 # How long a look waits for answers while a plan is carried out: the next look comes soon.
 _LOOP_ANSWER_SECONDS = 0.2
@@ -44,13 +43,12 @@ class Watcher:
     on_restore: Callable[[Plan], None]
 
 
-def plan(
-    paths: tuple[str, ...], *, project: str | None, prune: bool = True, ready_seconds: float | None = None
-) -> Planned:
-    """What `apply` would do now. Touches nothing."""
+def plan(paths: tuple[str, ...], *, project: str | None, prune: bool = True, take_over: bool = False) -> Planned:
+    """What `apply` would do now. Touches nothing. Raises Refused for another source."""
     desired = load(paths, project)
     observed = local_host(desired).look()
-    options = PlanOptions(prune=prune, ready_seconds=ready_seconds)
+    refuse_other_source(desired, observed, take_over=take_over)
+    options = PlanOptions(prune=prune, take_over=take_over)
     return Planned(plan=sound_plan(desired, observed, options), desired=desired, observed=observed)
 
 
@@ -84,7 +82,14 @@ def apply(
         planned = Planned(plan=sound_plan(desired, before, options), desired=desired, observed=before)
         if planned.plan.blocked and on_failure != "continue":
             return planned
-        return _carried_out(planned, host, watcher, revision=revision(desired, before), on_failure=on_failure)
+        return _carried_out(
+            planned,
+            host,
+            watcher,
+            revision=revision(desired, before),
+            on_failure=on_failure,
+            ready_seconds=ready_seconds,
+        )
 
 
 def down(
@@ -118,6 +123,7 @@ def _carried_out(
     *,
     revision: tuple[tuple[EngineId, str], ...],
     on_failure: str,
+    ready_seconds: float | None = None,
 ) -> Outcome:
     plan, desired, before = planned.plan, planned.desired, planned.observed
     watcher.show(planned)
@@ -126,6 +132,8 @@ def _carried_out(
     applied = {fact.engine: fact.written for fact in before.applied if fact.engine.project == desired.project}
     if not plan.changes and not plan.awaited and dict(revision) == applied:
         return Outcome(result="converged", plan=plan, observed=before)
+    # Before anything is stopped: what cannot be written down must not be begun.
+    check_writable(host.root, desired.project)
     host.answer_seconds = _LOOP_ANSWER_SECONDS
     outcome = apply_plan(
         plan,
@@ -136,6 +144,7 @@ def _carried_out(
         revision=revision,
         pid=os.getpid(),
         on_failure=on_failure,
+        ready_seconds=ready_seconds,
         on_beat=watcher.on_beat,
         on_restore=watcher.on_restore,
     )
@@ -164,8 +173,11 @@ def _asked(
     observed: ObservedState, paths: tuple[str, ...], ids: tuple[str, ...], project: str | None, *, everything: bool
 ) -> Callable[[EngineId, str], bool]:
     """Whether an engine, with the manifests' path that it carries, is one that shall stop."""
+    for path in paths:
+        if not os.path.exists(path):
+            raise InvalidManifests(f"there is no {path}")
     known = {engine.id for engine in observed.engines} | {applied.engine for applied in observed.applied}
-    named = {matching(text, known, project) for text in ids}
+    named = {engine for text in ids for engine in matching(text, known, project)}
     sources = {os.path.realpath(path) for path in paths if os.path.isdir(path)}
     projects = {_project_of(path, project) for path in paths if os.path.isdir(path)}
     stacks = {stack for path in paths if not os.path.isdir(path) for stack in _stacks_of(path, project)}
@@ -179,13 +191,12 @@ def _asked(
     return asked
 
 
-def _project_of(directory: str, project: str | None) -> str:
-    """The project of a directory, also when its files do not parse."""
+def _project_of(directory: str, project: str | None) -> str | None:
+    """The project of a directory; None when its files do not parse: then only engines that carry its path are meant."""
     try:
         return load((directory,), project).project
     except InvalidManifests:
-        path = Path(os.path.realpath(directory))
-        return project or (path.parent.name if path.name == "manifests" else path.name)
+        return project
 
 
 def _stacks_of(path: str, project: str | None) -> set[tuple[str, str]]:
@@ -195,25 +206,33 @@ def _stacks_of(path: str, project: str | None) -> set[tuple[str, str]]:
 
 
 def _without(project: str, targets: set[EngineId], observed: ObservedState) -> Planned:
-    """A plan to what runs now, less the targets: a stop is a change of the desired state like any other."""
+    """A plan for a desired state that wants nothing new, and in which just the targets may go."""
     engines = project_engines(observed, project)
     source = engines[0].source if engines else ""
-    everything = restore_target(observed, DesiredState(project=project, source=source, wanted=()))
-    desired = replace(everything, wanted=tuple(wanted for wanted in everything.wanted if wanted.id not in targets))
-    options = PlanOptions(restoring=True, stop_reason="destroyed")
+    desired = DesiredState(project=project, source=source, wanted=(), prune_ids=frozenset(targets))
+    options = PlanOptions(stop_reason="destroyed")
     return Planned(plan=sound_plan(desired, observed, options), desired=desired, observed=observed)
 
 
-def matching(text: str, known: set[EngineId], project: str | None) -> EngineId:
-    """The one engine that an id from the command line means. Raises Usage when there is none, or several."""
-    found = sorted(
+def matching(text: str, known: set[EngineId], project: str | None) -> set[EngineId]:
+    """The engines that an id from the command line means: `stack/name` means every replica.
+
+    Raises Usage when there is none, or when several projects have it.
+    """
+    found = {
         engine
         for engine in known
-        if text in (engine.full, str(engine)) and (project is None or engine.project == project)
-    )
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise Usage(f"{text} is ambiguous: {', '.join(engine.full for engine in found)}", hint="name the project too")
-    there_is = ", ".join(sorted(str(engine) for engine in known)) or "nothing"
-    raise Usage(f"there is no engine {text}; there is {there_is}")
+        if text in (engine.full, str(engine), f"{engine.stack}/{engine.name}", _full_name(engine))
+        and (project is None or engine.project == project)
+    }
+    if not found:
+        there_is = ", ".join(sorted(str(engine) for engine in known)) or "nothing"
+        raise Usage(f"there is no engine {text}; there is {there_is}")
+    if len({engine.project for engine in found}) > 1:
+        names = ", ".join(sorted(engine.full for engine in found))
+        raise Usage(f"{text} is ambiguous: {names}", hint="name the project too")
+    return found
+
+
+def _full_name(engine: EngineId) -> str:
+    return f"{engine.project}:{engine.stack}/{engine.name}"

@@ -11,6 +11,7 @@ from sage_reconcile.cli.options import Colour, Paths, Project, Yes, chosen, pain
 _CHANGES_PENDING = 2
 
 NoPrune = Annotated[bool, typer.Option("--no-prune", help="Leave engines alone that no manifest asks for.")]
+TakeOver = Annotated[bool, typer.Option("--take-over", help="Take the project over from another path.")]
 OnFailure = Annotated[str, typer.Option(metavar="rollback|halt|continue", help="What to do when an engine fails.")]
 Timeout = Annotated[str | None, typer.Option(metavar="DURATION", help="How long an engine may take to be ready.")]
 LockTimeout = Annotated[str, typer.Option(metavar="DURATION", help="How long to wait for another sage.")]
@@ -25,6 +26,7 @@ def plan(
         bool, typer.Option("--detailed-exitcode", help="Exit with 2 when there are changes.")
     ] = False,
     no_prune: NoPrune = False,
+    take_over: TakeOver = False,
     color: Colour = "auto",
 ) -> None:
     """Show what apply would change, and why. Touches nothing."""
@@ -32,7 +34,7 @@ def plan(
     from sage_reconcile.cli.outcome import blocked_error, show
 
     chosen("-o", output, ("text", "json"))
-    planned = verbs.plan(tuple(paths or ()), project=project, prune=not no_prune)
+    planned = verbs.plan(tuple(paths or ()), project=project, prune=not no_prune, take_over=take_over)
     if output == "json":
         from sage_reconcile.render.plan_json import plan_json
 
@@ -52,7 +54,7 @@ def apply(
     on_failure: OnFailure = "rollback",
     no_prune: NoPrune = False,
     allow_empty: Annotated[bool, typer.Option("--allow-empty", help="Apply what wants no engines.")] = False,
-    take_over: Annotated[bool, typer.Option("--take-over", help="Take the project over from another path.")] = False,
+    take_over: TakeOver = False,
     timeout: Timeout = None,
     lock_timeout: LockTimeout = "0s",
     color: Colour = "auto",
@@ -95,9 +97,9 @@ def down(
     from sage_reconcile.cli.outcome import Conversation, finish
 
     named = targets or []
-    # What exists on the disk is a path; anything else is an id.
-    paths = tuple(target for target in named if os.path.exists(target))
-    ids = tuple(target for target in named if target not in paths)
+    # What exists on the disk is a path, and so is what cannot be an id.
+    ids = tuple(target for target in named if not os.path.exists(target) and _spells_an_id(target))
+    paths = tuple(target for target in named if target not in ids)
     if not (named or everything or project):
         paths = default_paths(())
     conversation = Conversation(paint=paint_for(color), live_paint=paint_for(color, to_stderr=True), yes=yes)
@@ -106,3 +108,9 @@ def down(
         print("nothing to stop")
     for outcome in outcomes:
         finish(outcome, paint_for(color))
+
+
+def _spells_an_id(target: str) -> bool:
+    from sage_reconcile.core.identity import engine_id
+
+    return engine_id("", target.rpartition(":")[2]) is not None and not target.endswith((".yaml", ".yml"))

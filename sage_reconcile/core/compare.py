@@ -68,6 +68,9 @@ def compared(desired: DesiredState, observed: ObservedState, options: PlanOption
         changes += [_stop(engine, "duplicate", "a second process of the same engine") for engine in leftovers]
     unwanted = [engine for the_id, engines in running.items() if the_id not in wanted_ids for engine in engines]
     in_scope = [engine for engine in unwanted if _pruned(engine.id, desired, options)]
+    if gap := _gap(observed):
+        blocked += [Blocked(engine=engine.id, reason="not_observed", why=gap) for engine in in_scope]
+        in_scope = []
     changes += [_stop(engine, options.stop_reason, _stop_cause(options)) for engine in in_scope]
     return Comparison(
         changes=tuple(changes),
@@ -87,14 +90,20 @@ def current_process(engines: list[Engine]) -> tuple[Engine, tuple[Engine, ...]]:
 
 def _unseen(wanted: Wanted, current: Engine | None, observed: ObservedState) -> Blocked | None:
     """A refusal where not enough was seen to act: unknown is not gone."""
-    gap = next((gap for gap in observed.gaps if gap.what in ("processes", "listeners")), None)
-    if gap is not None:
-        why = f"cannot see all {gap.what}: {gap.why}"
+    gap = _gap(observed)
+    if gap:
+        why = gap
     elif current is not None and spec_of(current) is None:
         why = f"pid {current.leader.pid} was started by another version of sage, and this one cannot read its label"
     else:
         return None
     return Blocked(engine=wanted.id, reason="not_observed", why=why, at=wanted.at)
+
+
+def _gap(observed: ObservedState) -> str:
+    """What could not be seen and could be any engine; empty when there is nothing of the kind."""
+    gap = next((gap for gap in observed.gaps if gap.what in ("processes", "listeners")), None)
+    return f"cannot see all {gap.what}: {gap.why}" if gap is not None else ""
 
 
 def _change(
@@ -110,7 +119,7 @@ def _change(
         )
     recreate = Change(id=wanted.id, stops=(current,), start=wanted, action="recreate", reason="spec_changed", cause="")
     as_before = wanted.pin is not None and (wanted.pin.leader, wanted.pin.phase) == (current.leader, current.phase)
-    if current.phase == "stopping" and not as_before:
+    if current.phase in ("stopping", "stuck") and not as_before:
         return replace(recreate, reason="crashed", cause="an interrupted stop had already signalled it")
     changes = field_changes(
         current.written,
@@ -165,6 +174,8 @@ def _why_missing(engine: EngineId, observed: ObservedState, options: PlanOptions
 
 
 def _pruned(engine: EngineId, desired: DesiredState, options: PlanOptions) -> bool:
+    if desired.prune_ids is not None:
+        return engine in desired.prune_ids
     return options.prune and (desired.prune_stacks is None or engine.stack in desired.prune_stacks)
 
 

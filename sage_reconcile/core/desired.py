@@ -15,6 +15,8 @@ class Pin:
     # The process that ran, and how far a stop of it had come: as long as it is still so, there is nothing to put back.
     leader: ProcessIdentity
     phase: str = ""
+    # Whether it was ready; what was not need not be ready to count as put back.
+    ready: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,5 +51,7 @@ class DesiredState:
     router: RouterSettings = field(default_factory=RouterSettings)
     # Stacks whose unwanted engines are stopped; None means every stack of the project.
     prune_stacks: tuple[str, ...] | None = None
+    # Ids that may be stopped when nobody wants them; None leaves that to `prune_stacks`.
+    prune_ids: frozenset[EngineId] | None = None
     # "sha256:..." of the files read; empty when none were.
     digest: str = ""

@@ -43,8 +43,8 @@ def state(signs: Signs) -> tuple[str, str]:
     if not signs.leader_alive:
         return "failed", f"its first process is gone; {signs.member_count} of its processes still run"
     # (2)
-    if signs.phase in ("draining", "stopping"):
-        return signs.phase, "a stop was begun"
+    if signs.phase:
+        return signs.phase, "SIGKILL did not end it" if signs.phase == "stuck" else "a stop was begun"
     not_yet = "unready" if signs.proved else "starting"
     # (3)
     if signs.intruder:

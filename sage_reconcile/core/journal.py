@@ -83,14 +83,17 @@ def parse_entry(line: str | bytes) -> Entry | None:
 
 
 def last_applied(entries: tuple[Entry, ...]) -> tuple[AppliedFact, ...]:
-    """The engines of the newest revision that was applied to its end."""
+    """The engines of the newest revision that was applied, and not put back."""
     begun: PlanBegun | None = None
     applied: tuple[AppliedFact, ...] = ()
     for entry in entries:
         if isinstance(entry, PlanBegun):
             begun = entry
-        elif isinstance(entry, PlanEnded) and entry.outcome == "converged" and begun is not None:
-            applied = tuple(
-                AppliedFact(engine=engine, written=written, at=entry.at) for engine, written in begun.revision
-            )
+        elif isinstance(entry, PlanEnded):
+            # What was left half done because it was asked for is still what should run.
+            if begun is not None and entry.outcome in ("converged", "halted"):
+                applied = tuple(
+                    AppliedFact(engine=engine, written=written, at=entry.at) for engine, written in begun.revision
+                )
+            begun = None
     return applied

@@ -17,9 +17,10 @@ class Draft:
 def ordered_acts(drafts: list[Draft]) -> tuple[Act, ...]:
     """The acts in an order in which they are sound, each with the indexes of those that it must wait for.
 
-    Must: a start waits for the stop of its predecessor, for the stop of whoever has its port, and for the start of
-    what it depends on. Should, where no circle comes of it: replicas are replaced one after the other, an engine is
-    replaced after what it depends on is back, and an engine that others depend on is stopped after them.
+    Must: a start waits for the stop of its predecessor, and for the stop of whoever has its port. Should, where no
+    circle comes of it: a start waits for the start of what it depends on (manifests have no circles, but a restore
+    takes each engine as it once was); replicas are replaced one after the other, an engine is replaced after what it
+    depends on is back, and an engine that others depend on is stopped after them.
     """
     count = len(drafts)
     before: list[set[int]] = [set() for _ in range(count)]
@@ -27,9 +28,10 @@ def ordered_acts(drafts: list[Draft]) -> tuple[Act, ...]:
     for first, second in pairs:
         if _must(drafts[first], drafts[second]):
             before[second].add(first)
-    for first, second in pairs:
-        if _should(drafts[first], drafts[second]) and not _reaches(before, first, second):
-            before[second].add(first)
+    for wish in (_starts_after, _should):
+        for first, second in pairs:
+            if wish(drafts[first], drafts[second]) and not _reaches(before, first, second):
+                before[second].add(first)
     order = _topological(drafts, before)
     place = {old: new for new, old in enumerate(order)}
     return tuple(
@@ -41,6 +43,11 @@ def _must(first: Draft, second: Draft) -> bool:
     match first.act, second.act:
         case StopEngine() as stop, StartEngine() as start:
             return stop.engine == start.engine or stop.port == start.resolved.placement.port
+    return False
+
+
+def _starts_after(first: Draft, second: Draft) -> bool:
+    match first.act, second.act:
         case StartEngine() as earlier, StartEngine():
             return _depends(second, earlier)
     return False

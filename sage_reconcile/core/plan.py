@@ -40,6 +40,10 @@ class StartEngine:
     model: str
     health_path: str
     ready_seconds: float
+    # Whether the start is done only once the engine is ready; else once it runs.
+    waits: bool
+    # Engines that run and are not ready yet, and must be before this one starts.
+    needs: tuple[ProcessIdentity, ...]
     # Whether a bound socket of ours keeps the port free until the engine binds it.
     hold: bool
 

@@ -23,6 +23,7 @@ from sage_reconcile.core.observed import Engine, ObservedState, model_of, projec
 from sage_reconcile.core.ordering import Draft, ordered_acts
 from sage_reconcile.core.placement import Refusal, Taken, placement
 from sage_reconcile.core.plan import (
+    Act,
     Awaited,
     Blocked,
     Plan,
@@ -64,11 +65,11 @@ def make_plan(desired: DesiredState, observed: ObservedState, options: PlanOptio
     return plan
 
 
-def restore_target(before: ObservedState, desired: DesiredState) -> DesiredState:
-    """What must run so that the world is again as it was `before` an apply of `desired`: every engine, exactly so.
+def restore_target(before: ObservedState, failed: Plan, desired: DesiredState) -> DesiredState:
+    """What must run so that the world is again as it was `before` a plan for `desired` failed: each engine as it was.
 
-    Engines whose first process was already gone did not run; engines that this version cannot read are never touched,
-    so there is nothing to restore.
+    Only what the plan touched may be stopped for it. Engines whose first process was already gone did not run; engines
+    that this version cannot read are never touched, so there is nothing to restore.
     """
     running: dict[EngineId, list[Engine]] = {}
     for engine in project_engines(before, desired.project):
@@ -85,10 +86,16 @@ def restore_target(before: ObservedState, desired: DesiredState) -> DesiredState
                     depends_on=depends_on(engine),
                     directory=engine.resolved.directory,
                     source=engine.source,
-                    pin=Pin(resolved=engine.resolved, leader=engine.leader, phase=engine.phase),
+                    pin=Pin(
+                        resolved=engine.resolved,
+                        leader=engine.leader,
+                        phase=engine.phase,
+                        ready=engine.state == "ready",
+                    ),
                 )
             )
-    return replace(desired, wanted=tuple(wanted), prune_stacks=None)
+    touched = frozenset(act.engine for act in failed.acts)
+    return replace(desired, wanted=tuple(wanted), prune_stacks=None, prune_ids=touched)
 
 
 # --- one pass ---------------------------------------------------------------------------------------------------------
@@ -110,31 +117,21 @@ def _pass(desired: DesiredState, observed: ObservedState, options: PlanOptions) 
         changes = [change for change in changes if change.id not in {blocked.engine for blocked in refusals}]
     # (3)
     steps, drafts = _drafted([*found.updates, *changes], placed, desired, observed, options)
+    awaited = _all_awaited(found, options)
     blocked_ids = {blocked.engine for blocked in refused}
+    stays_blocked = {engine.id for engine in project_engines(observed, desired.project) if engine.id in blocked_ids}
     return Plan(
         project=desired.project,
         source=desired.source,
         digest=desired.digest,
         steps=steps,
-        acts=ordered_acts(drafts),
-        # A restore puts back what was there; what was not ready then need not be ready now.
-        awaited=tuple(
-            _awaited(engine, options)
-            for engine in found.unchanged
-            if engine.state == "starting" and not options.restoring
-        ),
+        acts=tuple(_with_needs(act, awaited, desired) for act in ordered_acts(drafts)),
+        awaited=awaited,
         blocked=tuple(sorted(refused, key=lambda blocked: blocked.engine)),
         drift=drift_of(observed, desired),
         notes=found.notes,
         unchanged=tuple(engine.id for engine in found.unchanged),
-        kept=tuple(
-            sorted(
-                {
-                    *found.kept,
-                    *(engine.id for engine in project_engines(observed, desired.project) if engine.id in blocked_ids),
-                }
-            )
-        ),  # fmt: skip
+        kept=tuple(sorted(stays_blocked.union(found.kept))),
         desired=tuple((wanted.id, written(wanted)) for wanted in in_order(desired)),
     )
 
@@ -156,6 +153,26 @@ def _joined(plan: Plan, later: Plan) -> Plan:
         kept=later.kept,
         unchanged=tuple(engine for engine in plan.unchanged if engine not in touched),
     )
+
+
+def _all_awaited(found: Comparison, options: PlanOptions) -> tuple[Awaited, ...]:
+    """Engines that keep their process and are not ready yet.
+
+    A restore awaits none: it puts back what was there, and what was not ready then need not be ready now.
+    """
+    staying = [*found.unchanged, *(engine for update in found.updates for engine in update.stops)]
+    return tuple(
+        _awaited(engine, options) for engine in staying if engine.state == "starting" and not options.restoring
+    )
+
+
+def _with_needs(act: Act, awaited: tuple[Awaited, ...], desired: DesiredState) -> Act:
+    """A start with the awaited engines that its engine depends on."""
+    if not isinstance(act, StartEngine):
+        return act
+    depends_on = next(wanted.depends_on for wanted in desired.wanted if wanted.id == act.engine)
+    names = {task.leader: f"{task.engine.stack}/{task.engine.name}" for task in awaited}
+    return replace(act, needs=tuple(leader for leader, name in names.items() if name in depends_on))
 
 
 def _awaited(engine: Engine, options: PlanOptions) -> Awaited:
@@ -185,6 +202,7 @@ def _placed(
     homeless = {blocked.engine for blocked in found.blocked}
     homeless |= {wanted.id for wanted in desired.wanted} - {change.id for change in changes}
     homeless -= {engine.id for engine in observed.engines if engine.leader_alive and engine.leader not in stopping}
+    homeless |= {engine.id for engine in found.unchanged if engine.state not in ("ready", "starting")}
     staying, freed = _ports(observed, stopping, desired)
     asked = {wanted.spec.port: wanted.id for wanted in desired.wanted if isinstance(wanted.spec.port, int)}
     asked |= {w.pin.resolved.placement.port: w.id for w in desired.wanted if w.pin is not None}
@@ -243,7 +261,9 @@ def _missing_part(wanted: Wanted, observed: ObservedState, homeless: set[EngineI
     spec = wanted.spec
     waits_for = sorted(str(engine) for engine in homeless if f"{engine.stack}/{engine.name}" in wanted.depends_on)
     if waits_for:
-        return Refusal(reason="dependency", why=f"it depends on {listed(waits_for)}, which cannot start")
+        return Refusal(
+            reason="dependency", why=f"it depends on {listed(waits_for)}, which is not ready and cannot be made so"
+        )
     if wanted.pin is not None:
         return None  # It ran with exactly this command: starting it again is the only question worth asking.
     program = next((fact for fact in observed.programs if fact.name == program_of(spec)), None)
@@ -340,6 +360,8 @@ def _start(
         model=served_model(spec),
         health_path=spec.ready.path,
         ready_seconds=spec.ready.timeout if options.ready_seconds is None else options.ready_seconds,
+        waits=wanted.pin is None or wanted.pin.ready,
+        needs=(),
         hold=runtime.hold,
     )
 

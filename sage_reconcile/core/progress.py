@@ -33,7 +33,7 @@ class Spawn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """Write into the engine's record how far its stop has come: "draining" or "stopping"."""
+    """Write into the engine's record how far its stop has come: "draining", "stopping" or "stuck"."""
 
     engine: EngineId
     leader: ProcessIdentity
@@ -143,11 +143,16 @@ def finished(plan: Plan, progress: Progress) -> bool:
     return all(entry.ended or _cannot_begin(plan, progress, index) for index, entry in enumerate(progress.entries))
 
 
+def failed(progress: Progress, index: int, why: str) -> Progress:
+    """The progress after an order could not be carried out."""
+    return _with(progress, index, replace(progress.entries[index], phase="failed", why=why))
+
+
 def spawned(progress: Progress, index: int, result: Spawned) -> Progress:
     """The progress after a Spawn was carried out."""
     entry = progress.entries[index]
     if result.leader is None:
-        return _with(progress, index, replace(entry, phase="failed", why=result.why))
+        return failed(progress, index, result.why)
     return _with(progress, index, replace(entry, leader=result.leader))
 
 
@@ -159,7 +164,7 @@ def advance(
     orders: list[tuple[int, Order]] = []
     for index, task in enumerate(tasks):
         entry = progress.entries[index]
-        if entry.ended or (entry.phase == "waiting" and not _may_begin(plan, progress, index)):
+        if entry.ended or (entry.phase == "waiting" and not _may_begin(plan, progress, index, observed)):
             continue
         match task:
             case StopEngine():
@@ -179,18 +184,31 @@ def _with(progress: Progress, index: int, entry: ActProgress) -> Progress:
     return replace(progress, entries=(*progress.entries[:index], entry, *progress.entries[index + 1 :]))
 
 
-def _may_begin(plan: Plan, progress: Progress, index: int) -> bool:
+def _may_begin(plan: Plan, progress: Progress, index: int, observed: ObservedState) -> bool:
     if index >= len(plan.acts):
         return True
+    act = plan.acts[index]
+    needs = act.needs if isinstance(act, StartEngine) else ()
+    ready = {engine.leader for engine in observed.engines if engine.state == "ready"}
+    if not ready.issuperset(needs):
+        return False
     if progress.failures and not progress.keep_going:
         return False
     return all(progress.entries[earlier].phase == "done" for earlier in plan.acts[index].after)
 
 
 def _cannot_begin(plan: Plan, progress: Progress, index: int) -> bool:
-    """Whether the act waits for one that failed, directly or through others."""
+    """Whether the act waits for one that failed, directly or through others, or for an engine that was given up."""
     if index >= len(plan.acts) or progress.entries[index].phase != "waiting":
         return False
+    act = plan.acts[index]
+    given_up = {
+        task.leader
+        for number, task in enumerate(plan.awaited, start=len(plan.acts))
+        if progress.entries[number].phase == "failed"
+    }
+    if isinstance(act, StartEngine) and given_up & set(act.needs):
+        return True
     return any(
         progress.entries[earlier].phase == "failed" or _cannot_begin(plan, progress, earlier)
         for earlier in plan.acts[index].after
@@ -225,7 +243,8 @@ def _stopping(
         return replace(entry, phase="killing", since=now, signalled_at=now), (_kill(engine),)
     if now - entry.since >= STUCK_AFTER_SECONDS:
         pids = ", ".join(str(process.pid) for process in engine.members)
-        return replace(entry, phase="failed", why=f"stuck: SIGKILL does not end pid {pids}"), ()
+        mark = Mark(engine=act.engine, leader=act.leader, phase="stuck")
+        return replace(entry, phase="failed", why=f"stuck: SIGKILL does not end pid {pids}"), (mark,)
     if now - entry.signalled_at < _KILL_AGAIN_SECONDS:
         return entry, ()
     return replace(entry, signalled_at=now), (_kill(engine),)
@@ -262,6 +281,8 @@ def _starting(
     if entry.phase == "waiting":
         return replace(entry, phase="starting", begun_at=now, since=now), (Spawn(act=act),)
     assert entry.leader is not None
+    if not act.waits and _failure(act.engine, entry.leader, _engine(observed, entry.leader), observed) == "":
+        return replace(entry, phase="done"), ()
     place = act.resolved.placement
     awaited = Awaited(
         engine=act.engine,
@@ -283,7 +304,7 @@ def _awaiting(
     if entry.phase == "waiting":
         entry = replace(entry, phase="starting", begun_at=now, since=now, leader=task.leader)
     engine = _engine(observed, task.leader)
-    failure = _failure(task, engine, observed)
+    failure = _failure(task.engine, task.leader, engine, observed)
     if failure:
         return replace(entry, phase="failed", why=failure), ()
     assert engine is not None
@@ -296,18 +317,18 @@ def _awaiting(
     return entry, () if prove is None else (prove,)
 
 
-def _failure(task: Awaited, engine: Engine | None, observed: ObservedState) -> str:
+def _failure(the_id: EngineId, leader: ProcessIdentity, engine: Engine | None, observed: ObservedState) -> str:
     """Why the engine will never be ready; empty while it may."""
-    exit_fact = next((fact for fact in observed.exits if fact.leader == task.leader), None)
+    exit_fact = next((fact for fact in observed.exits if (fact.engine, fact.leader) == (the_id, leader)), None)
     if exit_fact is not None:
         ended = (
             f"exited with code {exit_fact.code}" if exit_fact.code >= 0 else f"was ended by signal {-exit_fact.code}"
         )
         return f"{ended} before it was ready"
     if engine is None:
-        return f"pid {task.leader.pid} was gone before it was ready"
+        return f"pid {leader.pid} was gone before it was ready"
     if not engine.leader_alive:
-        return f"its first process, pid {task.leader.pid}, was gone before it was ready"
+        return f"its first process, pid {leader.pid}, was gone before it was ready"
     return ""
 
 

@@ -10,7 +10,8 @@ from typing import Protocol
 from sage_reconcile.core.journal import ActBegun, ActDone, ActFailed, Entry
 from sage_reconcile.core.observed import ObservedState
 from sage_reconcile.core.plan import Act, Plan
-from sage_reconcile.core.progress import Order, Progress, Spawned, advance, begin, finished, spawned
+from sage_reconcile.core.progress import Order, Progress, Spawned, advance, begin, failed, finished, spawned
+from sage_reconcile.errors import SageError
 
 # How long the loop waits between two looks, in seconds. Signals and exits end the wait sooner.
 PAUSE_SECONDS = 0.1
@@ -102,7 +103,12 @@ def _step(plan: Plan, progress: Progress, observed: ObservedState, host: Host, j
         journal.append(ActBegun(at=host.wall_clock(), act=index))
     told = progress
     for index, order in orders:
-        result = host.do(order)
+        try:
+            result = host.do(order)
+        except SageError as error:
+            # The machine did not let it: the act has failed, and what to do about that is decided as ever.
+            progress = failed(progress, index, error.message)
+            continue
         if isinstance(result, Spawned):
             progress = spawned(progress, index, result)
     for index in acts:

@@ -64,12 +64,14 @@ def apply_plan(
     revision: tuple[tuple[EngineId, str], ...],
     pid: int,
     on_failure: str = "rollback",
+    ready_seconds: float | None = None,
     on_beat: Callable[[Beat], None] = lambda beat: None,
     on_restore: Callable[[Plan], None] = lambda plan: None,
 ) -> Outcome:
     """Carry out a plan; when an act fails, do what `on_failure` says: rollback, halt or continue.
 
-    `revision` is all that the project runs once the plan is done, and is remembered when it is.
+    `ready_seconds` replaces every engine's own limit, also while putting things back; None keeps them. `revision` is
+    all that the project runs once the plan is done, and is remembered when it is.
     """
     journal.append(
         PlanBegun(
@@ -83,7 +85,7 @@ def apply_plan(
     )
     result = "interrupted"
     try:
-        outcome = _outcome(plan, desired, before, host, journal, on_failure, on_beat, on_restore)
+        outcome = _outcome(plan, desired, before, host, journal, on_failure, ready_seconds, on_beat, on_restore)
         result = outcome.result
     finally:
         journal.append(PlanEnded(at=host.wall_clock(), outcome=result))
@@ -97,6 +99,7 @@ def _outcome(
     host: Host,
     journal: Journal,
     on_failure: str,
+    ready_seconds: float | None,
     on_beat: Callable[[Beat], None],
     on_restore: Callable[[Plan], None],
 ) -> Outcome:
@@ -109,8 +112,8 @@ def _outcome(
             result="halted" if failures else "converged", plan=plan, failures=failures, observed=done.observed
         )
     # (2)
-    target = restore_target(before, desired)
-    options = PlanOptions(restoring=True)
+    target = restore_target(before, plan, desired)
+    options = PlanOptions(restoring=True, ready_seconds=ready_seconds)
     restore = sound_plan(target, host.look(), options)
     on_restore(restore)
     journal.append(RestoreBegun(at=host.wall_clock(), acts=tuple(act_sentence(act) for act in restore.acts)))

@@ -1,26 +1,27 @@
 """llama-server's own flags in, the real llama.cpp HTTP server of `xllamacpp` out, in this one process.
 
-Interchangeable with a `llama-server` on PATH: same flags, same endpoints, exit code 0 on SIGTERM and SIGINT, 1 on a
-mistake. It must not know sage. Flags: https://github.com/ggml-org/llama.cpp/tree/master/tools/server.
+Interchangeable with a `llama-server` on PATH: same flags, same endpoints, exit code 0 on SIGTERM and SIGINT once it
+serves (while it loads, the signal itself ends it), 1 on a mistake. It must not know sage. Flags: https://github.com/ggml-org/llama.cpp/tree/master/tools/server.
 """
 
 import argparse
-import ctypes
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 # A seed of -1 asks for a new one at every request; llama.cpp writes that as the largest 32-bit number.
 _SEED_MASK = 0xFFFFFFFF
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 def main(words: Sequence[str] | None = None) -> NoReturn:
     """1. Read the flags. 2. Check what is cheap to check. 3. Load llama.cpp and the model. 4. Serve until a signal."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         signal.signal(number, lambda _number, _frame: os._exit(0))
     # 1. An unknown flag must not cost the import of a 100 MB library.
     args = _arguments(words)
@@ -28,11 +29,13 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     if not Path(args.model).is_file():
         _fail(f"cannot load model {args.model}: no such file")
     _check_port(args.host, args.port)
-    # 3.
-    leave = _leave_at_once()
+    # 3. `xllamacpp.Server(...)` holds the GIL until the weights are loaded, minutes for a large model, and a
+    # handler in Python waits for the GIL. The kernel's own way to end a process waits for nobody.
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     server = _server(args)
-    # 4. The server lives on threads of its own, as long as both are kept here.
-    _wait_for_ever(server, leave)
+    # 4. The server lives on threads of its own, as long as it is kept here.
+    _wait_for_signal(server)
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -105,20 +108,6 @@ def _check_port(host: str, port: int) -> None:
         _fail(f"cannot listen on {host}:{port}: {error}")
 
 
-def _leave_at_once() -> Callable[[int], None]:
-    """Make SIGTERM and SIGINT end the process with 0 even while the model loads; keep what is returned alive.
-
-    `xllamacpp.Server(...)` holds the GIL until the weights are loaded, which takes minutes for a large model, and
-    Python runs its own signal handlers only when it gets the GIL back. This one is called by the kernel directly, on
-    the main thread, which already holds the GIL and is only waiting for the loading thread.
-    """
-    leave = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _number: os._exit(0))
-    libc = ctypes.CDLL(None)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        libc.signal(int(number), leave)
-    return leave
-
-
 def _server(args: argparse.Namespace) -> Any:  # xllamacpp has no types
     try:
         import xllamacpp
@@ -179,9 +168,15 @@ def _parts(words: str) -> set[str]:
     return {part.strip() for part in words.split(",") if part.strip()}
 
 
-def _wait_for_ever(*_kept: object) -> NoReturn:
-    while True:
-        signal.pause()
+def _wait_for_signal(_kept: object) -> NoReturn:
+    """Leave with 0 on a signal, whichever thread the kernel gives it to: that thread writes to a pipe."""
+    woken, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    signal.set_wakeup_fd(wakes)
+    for number in _SIGNALS:
+        signal.signal(number, lambda _number, _frame: None)
+    os.read(woken, 1)
+    os._exit(0)
 
 
 def _fail(why: str) -> NoReturn:

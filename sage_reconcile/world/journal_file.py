@@ -6,7 +6,7 @@ from pathlib import Path
 from sage_reconcile.core.facts import AppliedFact
 from sage_reconcile.core.journal import Entry, entry_json, last_applied, parse_entry
 from sage_reconcile.errors import Environment
-from sage_reconcile.world.state import private_directory
+from sage_reconcile.world.state import matches, private_directory
 
 _NAME = "journal.jsonl"
 
@@ -20,10 +20,11 @@ class JournalFile:
     def append(self, entry: Entry) -> None:
         """Add a line; it is on the disk when the call returns. Raises Environment."""
         line = entry_json(entry).encode() + b"\n"
+        private_directory(self._path.parent)
         try:
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                os.write(descriptor, line)
+                _write_line(descriptor, line)
                 os.fdatasync(descriptor)
             finally:
                 os.close(descriptor)
@@ -34,6 +35,15 @@ class JournalFile:
 
     def entries(self) -> tuple[Entry, ...]:
         return read_journal(self._path)
+
+
+def _write_line(descriptor: int, line: bytes) -> None:
+    """A whole line, on a line of its own: the last one may have been cut by a crash or a full disk."""
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        line = b"\n" + line
+    while line:
+        line = line[os.write(descriptor, line) :]
 
 
 def read_journal(path: Path) -> tuple[Entry, ...]:
@@ -54,7 +64,7 @@ class AppliedRevisions:
 
     def read(self) -> tuple[AppliedFact, ...]:
         applied: list[AppliedFact] = []
-        for path in sorted(self._root.glob(f"*/{_NAME}")):
+        for path in matches(self._root, f"*/{_NAME}"):
             try:
                 found = path.stat()
             except OSError:

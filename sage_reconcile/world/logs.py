@@ -1,11 +1,11 @@
-"""The log files of engines: `<state>/<project>/logs/STACK/NAME.log`, and the one before it as `NAME.previous.log`."""
+"""The log files of engines: `<state>/<project>/logs/STACK/NAME.log`, and the one before it as `NAME.log.previous`."""
 
 import os
 from pathlib import Path
 
 from sage_reconcile.core.identity import EngineId, engine_id
 from sage_reconcile.errors import Environment
-from sage_reconcile.world.state import private_directory
+from sage_reconcile.world.state import matches, private_directory
 
 # Enough for the last lines of a traceback, and never more than a terminal wants.
 _TAIL_BYTES = 64 * 1024
@@ -16,23 +16,28 @@ def log_path(root: Path, engine: EngineId) -> Path:
     return root / engine.project / "logs" / engine.stack / f"{engine.name}{replica}.log"
 
 
+def previous_log(path: Path) -> Path:
+    """Where the log of the process before is kept. No engine's own log ends so, whatever its name."""
+    return path.with_name(path.name + ".previous")
+
+
 def logged_engines(root: Path) -> tuple[EngineId, ...]:
     """The engines that have a log."""
     found = []
-    for path in sorted(root.glob("*/logs/*/*.log")):
+    for path in matches(root, "*/logs/*/*.log"):
         project, _, stack, name = path.relative_to(root).parts
-        engine = engine_id(project, f"{stack}/{name.removesuffix('.log').removesuffix('.previous')}")
+        engine = engine_id(project, f"{stack}/{name.removesuffix('.log')}")
         if engine is not None:
             found.append(engine)
     return tuple(dict.fromkeys(found))
 
 
 def new_log(path: Path) -> int:
-    """A descriptor of a fresh log; the earlier one is kept as `.previous.log`. Raises Environment."""
+    """A descriptor of a fresh log; the earlier one is kept as `.log.previous`. Raises Environment."""
     private_directory(path.parent)
     try:
         if path.exists():
-            path.replace(path.with_suffix(".previous.log"))
+            path.replace(previous_log(path))
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise Environment(f"cannot open the log {path}: {error.strerror}") from error
@@ -45,6 +50,8 @@ def tail(path: str, lines: int) -> tuple[str, ...]:
 
 def tail_of(path: str, end: int | None, lines: int) -> tuple[str, ...]:
     """The last lines of the first `end` bytes of a log; None means all of it."""
+    if lines == 0:
+        return ()
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END) if end is None else end

@@ -36,8 +36,10 @@ def models(paths: Iterable[str]) -> tuple[ModelFact, ...]:
 
 
 def _why_unusable(path: Path) -> str:
-    if not path.exists():
-        return f"there is no {path}"
+    try:
+        path.stat()
+    except OSError as error:
+        return f"there is no {path}" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
     if not os.access(path, os.R_OK):
         return f"{path} cannot be read"
     if path.is_file() and path.stat().st_size == 0:

@@ -11,7 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from sage_reconcile.core.facts import RecordFact
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
-from sage_reconcile.world.state import read_object, write_whole
+from sage_reconcile.core.spec import EngineSpec
+from sage_reconcile.world.state import matches, read_object, write_whole
 
 FORMAT = 1
 
@@ -26,7 +27,7 @@ class Records:
 
     def read(self) -> tuple[RecordFact, ...]:
         """Every record that can be read. What cannot be read says nothing, and stops nobody."""
-        found = [self._read(path) for path in sorted(self._root.glob("*/engines/*.json"))]
+        found = [self._read(path) for path in matches(self._root, "*/engines/*.json")]
         return tuple(record for record in found if record is not None)
 
     def write(self, record: RecordFact) -> None:
@@ -39,6 +40,8 @@ class Records:
 
     def write_proof(self, engine: EngineId, leader: ProcessIdentity, *, failure: str) -> None:
         """Remember that the process answered a request of its kind, or what came instead. Raises Environment."""
+        if self._read(self._path(engine, leader)) is None:
+            self.write(RecordFact(engine=engine, leader=leader))
         path = self._path(engine, leader).with_suffix(".proof")
         write_whole(path, _RECORD_FILE.dump_json({"format": FORMAT, "failure": failure}).decode())
 
@@ -63,6 +66,8 @@ class Records:
             return None
         try:
             record = _RECORD.validate_python(fields)
+            if record.policy is not None:
+                EngineSpec.model_validate_json(record.policy)
         except ValidationError:
             return None
         proof = read_object(path.with_suffix(".proof"))

@@ -12,21 +12,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from sage_reconcile.core.facts import RouterFact
 from sage_reconcile.errors import Environment
-from sage_reconcile.world.state import private_directory, write_whole
+from sage_reconcile.world.state import matches, private_directory, write_whole
 
 _FACT = TypeAdapter(RouterFact)
 
 
 def read_routers(root: Path) -> tuple[RouterFact, ...]:
     """The live routers. One that holds its lock and cannot be read is there all the same, and has drained nothing."""
-    facts = []
-    for path in sorted((root / "routers").glob("*.lock")):
-        if _is_held(path):
-            facts.append(_read(path.with_suffix(".json")) or RouterFact(pid=int(path.stem)))
-        else:
-            path.with_suffix(".json").unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-    return tuple(facts)
+    return tuple(
+        _read(path.with_suffix(".json")) or RouterFact(pid=int(path.stem))
+        for path in matches(root, "routers/*.lock")
+        if path.stem.isascii() and path.stem.isdigit() and _is_held(path)
+    )
 
 
 def _read(path: Path) -> RouterFact | None:
@@ -38,9 +35,11 @@ def _read(path: Path) -> RouterFact | None:
 
 def _is_held(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
         return False
+    except OSError:
+        return True  # Who cannot be asked may be there.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -58,6 +57,15 @@ class RouterFile:
         self._lock = self._json.with_suffix(".lock")
         self._descriptor: int | None = None
         self._written = ""
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what routers left behind that are no more."""
+        for lock in matches(self._lock.parent, "*.lock"):
+            if not _is_held(lock):
+                with contextlib.suppress(OSError):
+                    lock.with_suffix(".json").unlink(missing_ok=True)
+                    lock.unlink(missing_ok=True)
 
     def write(self, fact: RouterFact) -> None:
         """Say what this router does now. Nothing is written when nothing has changed. Raises Environment."""

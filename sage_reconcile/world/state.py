@@ -22,8 +22,11 @@ def state_root(environment: Mapping[str, str]) -> Path:
 
 
 def home(environment: Mapping[str, str]) -> Path:
-    """HOME, or what the passwd entry says when it is not set."""
-    return Path(environment.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
+    """HOME, or what the passwd entry says when it is not set; the root when there is neither."""
+    try:
+        return Path(environment.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        return Path("/")
 
 
 def private_directory(path: Path) -> Path:
@@ -32,7 +35,10 @@ def private_directory(path: Path) -> Path:
     Raises Environment when it cannot be made, or belongs to somebody else.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for directory in reversed([path, *path.parents]):
+            if not directory.exists():
+                # One by one: a parent that `mkdir(parents=True)` makes is as open as the umask leaves it.
+                directory.mkdir(mode=0o700, exist_ok=True)
         found = path.lstat()
     except OSError as error:
         raise Environment(
@@ -44,6 +50,24 @@ def private_directory(path: Path) -> Path:
     if found.st_mode & 0o022:
         raise Environment(f"cannot use {path}: others may write to it", hint=f"chmod go-w {path}")
     return path
+
+
+def check_writable(root: Path, project: str) -> None:
+    """Raises Environment when the state root or the project's part of it cannot be written, or is not ours alone."""
+    private_directory(root)
+    for name in ("engines", "logs"):
+        write_whole(private_directory(root / project) / name / ".writable", "")
+    for directory in matches(root, f"{project}/logs/*"):
+        if directory.is_dir():
+            private_directory(directory)
+
+
+def matches(root: Path, pattern: str) -> list[Path]:
+    """The paths below a directory that match, sorted; what vanishes during the look is not there."""
+    try:
+        return sorted(root.glob(pattern))
+    except OSError:
+        return []
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -214,7 +214,7 @@ def test_a_failed_apply_restores_every_engine_that_ran(how: str) -> None:
 def test_restoring_again_after_a_restore_gives_no_steps() -> None:
     for seed in worlds()[:500]:
         _, want, now = case(seed)
-        target = restore_target(now, want)
+        target = restore_target(now, make_plan(want, now), want)
         plan = make_plan(target, now, PlanOptions(restoring=True))
         rest = make_plan(target, carried_out(plan, now), PlanOptions(restoring=True))
         assert rest.acts == (), f"seed {seed}"

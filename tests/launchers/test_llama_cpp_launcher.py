@@ -98,7 +98,7 @@ def test_a_signal_ends_it_with_0_while_a_stream_runs(tiny: Path, number: signal.
         assert process.wait(timeout=5) == 0
 
 
-def test_sigterm_ends_it_with_0_while_the_model_loads(tiny: Path) -> None:
+def test_sigterm_ends_it_at_once_while_the_model_loads(tiny: Path) -> None:
     # The tiny model loads in milliseconds: each round strikes a little later, so that some strike while it loads.
     outcomes = set()
     for round_number in range(8):
@@ -112,31 +112,8 @@ def test_sigterm_ends_it_with_0_while_the_model_loads(tiny: Path) -> None:
         finally:
             end(process)
 
-    assert outcomes == {0}
-
-
-def test_sigterm_is_heard_while_the_gil_is_held() -> None:
-    # What a large model does for minutes: xllamacpp holds the GIL while it waits for its loading thread. Here the main
-    # thread holds it for ever, waiting for a lock that it has itself. With signal.signal alone, this process stays.
-    code = """
-import ctypes
-from sage_reconcile.launchers.llama_cpp import _leave_at_once
-kept = _leave_at_once()
-lock, mutex = ctypes.PyDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
-lock(mutex)
-print("held", flush=True)
-lock(mutex)
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"held\n"
-
-        process.send_signal(signal.SIGTERM)
-
-        assert process.wait(timeout=5) == 0
-    finally:
-        end(process)
+    # The signal itself while it loads, 0 once it serves.
+    assert outcomes <= {0, -signal.SIGTERM}
 
 
 def test_unknown_flag_fails_at_once_and_names_it(tiny: Path) -> None:
@@ -170,9 +147,8 @@ def test_file_that_is_no_model_fails_without_a_traceback(tmp_path: Path) -> None
     code, lines = outcome("--model", garbage, "--port", port)
 
     assert code == 1
-    # llama.cpp writes its log from a thread of its own: on a busy machine a line of it may come after ours.
-    told = [line for line in lines if line.startswith("error: ")]
-    assert told == [f"error: cannot serve {garbage} on 127.0.0.1:{port}: llama.cpp says why in its own lines"]
+    # llama.cpp writes its log from a thread of its own: on a busy machine its words may stand around ours.
+    assert f"error: cannot serve {garbage} on 127.0.0.1:{port}: llama.cpp says why in its own lines" in "\n".join(lines)
     assert not any("Traceback" in line for line in lines)
 
 
