@@ -8,14 +8,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sage_reconcile.core.facts import Facts, HealthFact, RecordFact
+from sage_reconcile.core.facts import Facts, HealthFact, KnownEngine, RecordFact
 from sage_reconcile.core.identity import ProcessIdentity
-from sage_reconcile.core.label import variables
+from sage_reconcile.core.label import LEADER, leader_text, variables
 from sage_reconcile.core.observed import Engine, ObservedState, spec_of
 from sage_reconcile.core.plan import StartEngine
 from sage_reconcile.core.progress import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
 from sage_reconcile.core.spec import EngineSpec
 from sage_reconcile.drive.observer import observe
+from sage_reconcile.errors import SageError
 from sage_reconcile.world import processes
 from sage_reconcile.world.journal_file import AppliedRevisions
 from sage_reconcile.world.logs import log_path, new_log
@@ -23,6 +24,10 @@ from sage_reconcile.world.probes import Prober, Question
 from sage_reconcile.world.programs import models, programs
 from sage_reconcile.world.records import Records
 from sage_reconcile.world.router_files import read_routers
+
+# How long after a request of its kind an engine that did not answer it is asked again, at first and at most.
+_FIRST_PROOF_PAUSE_SECONDS = 0.5
+_LONGEST_PROOF_PAUSE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,10 @@ class LocalHost:
     _holds: dict[ProcessIdentity, processes.Gated] = field(default_factory=dict)
 
     _applied: AppliedRevisions = field(init=False)
+    # What the last look saw: a process stays its engine's own, also when its environment can no longer be read.
+    _known: dict[ProcessIdentity, KnownEngine] = field(default_factory=dict)
+    # When each engine was last asked a request of its kind, and how long to wait until the next.
+    _asked: dict[ProcessIdentity, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._applied = AppliedRevisions(self.root)
@@ -60,7 +69,16 @@ class LocalHost:
     def look(self) -> ObservedState:
         observed = observe(self)
         self._let_go_of_ports(observed)
+        self._known = {engine.leader: self._remembered(engine) for engine in observed.engines}
         return observed
+
+    def _remembered(self, engine: Engine) -> KnownEngine:
+        label = variables(
+            engine=engine.id, source=engine.source, written=engine.written, resolved=engine.resolved
+        ) | leader_variable(engine.leader, processes.pid_namespace())
+        earlier = self._known.get(engine.leader)
+        members = set(engine.members) | set(earlier.members if earlier else ())
+        return KnownEngine(leader=engine.leader, label=tuple(sorted(label.items())), members=tuple(sorted(members)))
 
     def facts(self) -> Facts:
         records = Records(self.root)
@@ -75,12 +93,14 @@ class LocalHost:
             node=self.node,
             boot_id=self.boot,
             uid=os.getuid(),
+            namespace=processes.pid_namespace(),
             processes=found,
             own_pids=processes.own_pids(),
             listeners=sockets,
             programs=programs(self.lookup.programs),
             models=models(self.lookup.models),
             records=records.read(),
+            known=tuple(self._known.values()),
             routers=read_routers(self.root),
             exits=exits,
             applied=self._applied.read(),
@@ -96,7 +116,7 @@ class LocalHost:
         held = {
             engine.leader: engine
             for engine in observed.engines
-            if not engine.listens_on and engine.leader in self._holds
+            if engine.leader in self._holds and engine.resolved.placement.port not in engine.listens_on
         }
         for leader in [leader for leader in self._holds if leader not in held]:
             hold = self._holds.pop(leader).hold
@@ -117,7 +137,7 @@ class LocalHost:
             case Kill(processes=targets):
                 self._signal(targets, signal.SIGKILL)
             case Prove():
-                self._prober.prove(order.engine, order.leader, order.kind, order.model, order.host, order.port)
+                self._prove(order)
             case Relabel(act=act):
                 records = Records(self.root)
                 record = records.of(act.engine, act.leader)
@@ -145,19 +165,23 @@ class LocalHost:
             os.close(log_fd)
         released = False
         try:
-            self._write_down(act, gated.identity, log)
+            self._write_down(act, gated.identity, label, log)
             gated.release()
             released = True
-        except processes.CannotSpawn as error:
+        except (processes.CannotSpawn, SageError) as error:
             return Spawned(leader=None, why=str(error))
         finally:
             if not released:
                 gated.abandon()
         self._children.add(act.engine, gated)
+        whole = label | leader_variable(gated.identity, processes.pid_namespace())
+        self._known[gated.identity] = KnownEngine(
+            leader=gated.identity, label=tuple(sorted(whole.items())), members=(gated.identity,)
+        )
         self._holds[gated.identity] = gated
         return Spawned(leader=gated.identity)
 
-    def _write_down(self, act: StartEngine, leader: ProcessIdentity, log: Path) -> None:
+    def _write_down(self, act: StartEngine, leader: ProcessIdentity, label: dict[str, str], log: Path) -> None:
         """The record of a new process replaces those of the engine's earlier ones, which are gone."""
         records = Records(self.root)
         earlier = [record for record in records.read() if record.engine == act.engine]
@@ -167,6 +191,7 @@ class LocalHost:
                 leader=leader,
                 port=act.resolved.placement.port,
                 from_start=True,
+                label=tuple(sorted((label | leader_variable(leader, processes.pid_namespace())).items())),
                 started_at=time.time(),
                 restarts=_restarts(earlier, act),
                 log=str(log),
@@ -175,6 +200,14 @@ class LocalHost:
         for record in earlier:
             if record.leader != leader:
                 records.forget(record.engine, record.leader)
+
+    def _prove(self, order: Prove) -> None:
+        """Ask, but an engine that answers wrongly is asked less and less often: a request costs it work."""
+        asked_at, pause = self._asked.get(order.leader, (0.0, _FIRST_PROOF_PAUSE_SECONDS))
+        if time.monotonic() - asked_at < pause:
+            return
+        self._asked[order.leader] = (time.monotonic(), min(2 * pause, _LONGEST_PROOF_PAUSE_SECONDS))
+        self._prober.prove(order.engine, order.leader, order.kind, order.model, order.host, order.port)
 
     def _signal(self, targets: Iterable[ProcessIdentity], number: signal.Signals) -> None:
         for target in targets:
@@ -213,6 +246,11 @@ def _question(engine: Engine) -> Question:
         path=spec.ready.path,
         ask_models=not engine.has_record,
     )
+
+
+def leader_variable(leader: ProcessIdentity, namespace: int) -> dict[str, str]:
+    """The part of a label that only the gate is told."""
+    return {LEADER: leader_text(leader.pid, leader.start_ticks, namespace)}
 
 
 def _restarts(earlier: list[RecordFact], act: StartEngine) -> int:

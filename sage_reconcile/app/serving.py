@@ -11,7 +11,6 @@ from sage_reconcile.core.facts import RouterFact
 from sage_reconcile.core.observed import ObservedState, model_of, spec_of
 from sage_reconcile.core.progress import proof_order
 from sage_reconcile.core.routes import routes
-from sage_reconcile.errors import SageError
 from sage_reconcile.router.server import Traffic
 from sage_reconcile.router.server import serve as serve_traffic
 from sage_reconcile.world.router_files import RouterFile
@@ -39,8 +38,8 @@ def serve(host: str, port: int, on_ready: Callable[[str], None]) -> None:
 def _look_on(machine: LocalHost, traffic: Traffic, stopping: threading.Event) -> None:
     """Look, hand over, and say what is in flight, again and again.
 
-    A look that fails leaves the last table in use: the router goes on with what was proved, and drops what does not
-    answer by itself.
+    A look that fails, in whatever way, leaves the last table in use: the router goes on with what was proved, and drops
+    by itself what does not answer.
     """
     mine = RouterFile(machine.root)
     complaint = ""
@@ -52,7 +51,7 @@ def _look_on(machine: LocalHost, traffic: Traffic, stopping: threading.Event) ->
                 mine.write(_said(observed, traffic))
                 _prove(machine, observed)
                 complaint = ""
-            except (OSError, SageError) as error:
+            except Exception as error:  # noqa: BLE001 - the edge of a look: whatever it was, the next one must come
                 complaint = _complain(str(error), complaint)
             stopping.wait(_LOOK_SECONDS)
     finally:

@@ -14,7 +14,7 @@ from sage_reconcile.drive.executor import Beat
 from sage_reconcile.drive.reconciler import Outcome, apply_plan, sound_plan
 from sage_reconcile.errors import InvalidManifests, Refused, Usage
 from sage_reconcile.world.journal_file import JournalFile
-from sage_reconcile.world.lock import lock_path, locked
+from sage_reconcile.world.lock import lock_paths, locked
 from sage_reconcile.world.records import Records
 from sage_reconcile.world.state import check_writable
 
@@ -74,8 +74,10 @@ def apply(
             f"cannot apply {desired.source}: it wants no engines, so all of project {desired.project} would be stopped",
             hint="if that is meant: sage down, or --allow-empty",
         )
-    with locked(lock_path(os.environ), purpose=f"apply {desired.source}", wait_seconds=lock_seconds):
+    with locked(lock_paths(os.environ), purpose=f"apply {desired.source}", wait_seconds=lock_seconds):
         host = local_host(desired)
+        # Before anything is stopped: what cannot be written down must not be begun.
+        check_writable(host.root, desired.project)
         before = host.look()
         refuse_other_source(desired, before, take_over=take_over)
         options = PlanOptions(prune=prune, take_over=take_over, ready_seconds=ready_seconds)
@@ -99,7 +101,7 @@ def down(
 
     Needs no manifest to parse: a path's engines carry the path. Raises Refused, Usage, Locked, Environment.
     """
-    with locked(lock_path(os.environ), purpose="down"):
+    with locked(lock_paths(os.environ), purpose="down"):
         host = local_host()
         observed = host.look()
         asked = _asked(observed, paths, ids, project, everything=everything)
@@ -109,6 +111,7 @@ def down(
         gone = {engine for engine in missing if asked(engine, "")}
         outcomes = []
         for name in sorted({engine.project for engine in targets | gone}):
+            check_writable(host.root, name)
             planned = _without(name, targets, observed)
             applied = {fact.engine: fact.written for fact in observed.applied if fact.engine.project == name}
             left = tuple(sorted((engine, text) for engine, text in applied.items() if engine not in targets | gone))
@@ -132,8 +135,6 @@ def _carried_out(
     applied = {fact.engine: fact.written for fact in before.applied if fact.engine.project == desired.project}
     if not plan.changes and not plan.awaited and dict(revision) == applied:
         return Outcome(result="converged", plan=plan, observed=before)
-    # Before anything is stopped: what cannot be written down must not be begun.
-    check_writable(host.root, desired.project)
     host.answer_seconds = _LOOP_ANSWER_SECONDS
     outcome = apply_plan(
         plan,

@@ -1,16 +1,18 @@
 """All commands, and the one place where an exit code is decided."""
 
+import contextlib
+import errno
+import io
 import os
 import signal
 import sys
 from types import FrameType
 from typing import Any, NoReturn
 
-import click
 import typer
 
 from sage_reconcile.cli import manifests, plans, serve, status
-from sage_reconcile.errors import SageError
+from sage_reconcile.errors import Environment, SageError
 
 INTERNAL, USAGE, INTERRUPTED, TERMINATED = 1, 64, 130, 143
 
@@ -32,6 +34,10 @@ app.command()(status.logs)
 app.command()(serve.serve)
 
 
+# typer may carry a click of its own, so its classes are found through those that it offers.
+_CliMistake: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
 class Terminated(BaseException):
     """SIGTERM came."""
 
@@ -39,14 +45,28 @@ class Terminated(BaseException):
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and leave with its exit code; errors.py says what each means."""
     signal.signal(signal.SIGTERM, _terminated)
+    _ensure_streams()
     code = _run(arguments)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             # The reader has left, as `sage status | head -1` does. Python would complain once more at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
+
+
+def _ensure_streams() -> None:
+    """Standard streams that were closed go nowhere, and letters that a stream's encoding lacks are escaped."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+            setattr(sys, name, os.fdopen(number, mode))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -54,29 +74,36 @@ def _run(arguments: list[str] | None) -> int:
         code: Any = app(args=arguments, standalone_mode=False, prog_name="sage")
     except SageError as error:
         return _told(error.report(), error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        return _told(error.format_message(), USAGE)
-    except click.ClickException as error:
-        return _told(f"error: {error.format_message()}\n  hint: see sage --help", USAGE)
-    except (KeyboardInterrupt, click.Abort):
+    except _CliMistake as error:
+        # Without arguments there is no mistake to name: the help has been shown.
+        message = getattr(error, "message", "")
+        return _told(f"error: {message}\n  hint: see sage --help" if message else "", USAGE)
+    except (KeyboardInterrupt, typer.Abort):
         return _told("interrupted: sage status says what runs", INTERRUPTED)
     except Terminated:
         return _told("terminated: sage status says what runs", TERMINATED)
     except BrokenPipeError:
         return 0
     except Exception as error:  # noqa: BLE001 - the edge: whatever is left is our own mistake, and no traceback is shown
-        if os.environ.get("SAGE_DEBUG"):
-            raise
-        return _told(
-            f"error: sage itself failed: {type(error).__name__}: {error}\n"
-            "  hint: this is a bug; SAGE_DEBUG=1 shows where it is",
-            INTERNAL,
-        )
+        return _unexpected(error)
     return code if isinstance(code, int) else 0
 
 
+def _unexpected(error: Exception) -> int:
+    if os.environ.get("SAGE_DEBUG"):
+        raise error
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return _told(f"error: {error.strerror}", Environment.exit_code)
+    return _told(
+        f"error: sage itself failed: {type(error).__name__}: {error}\n"
+        "  hint: this is a bug; SAGE_DEBUG=1 shows where it is",
+        INTERNAL,
+    )
+
+
 def _told(text: str, code: int) -> int:
-    print(text, file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
     return code
 
 

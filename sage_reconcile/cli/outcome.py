@@ -1,5 +1,6 @@
 """Talking about a plan: showing it, asking for approval, telling how it goes, and what came of it."""
 
+import contextlib
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from sage_reconcile.drive.reconciler import Failure, Outcome
 from sage_reconcile.errors import (
     ApplyRestored,
     ApplyStuck,
+    Environment,
     Infeasible,
     ObservationIncomplete,
     Refused,
@@ -38,8 +40,11 @@ _CLEAR_LINE_ABOVE = "\x1b[1A\x1b[2K"
 
 
 def show(planned: Planned, paint: Paint) -> None:
-    """Print the plan on stdout."""
-    print(plan_text(planned.plan, planned.observed, paint), flush=True)
+    """Print the plan on stdout. Raises Environment when it cannot be written: then nothing is done either."""
+    try:
+        print(plan_text(planned.plan, planned.observed, paint), flush=True)
+    except OSError as error:
+        raise Environment(f"cannot write the plan: {error.strerror}") from error
 
 
 def blocked_error(plan: Plan) -> SageError:
@@ -82,7 +87,7 @@ class Conversation:
         return Watcher(
             show=lambda planned: show(planned, self.paint),
             approve=lambda: self._approve(question),
-            on_beat=self._beat,
+            on_beat=self._tell,
             on_restore=self._restore,
         )
 
@@ -95,10 +100,15 @@ class Conversation:
         return sys.stdin.readline().strip() == "yes"
 
     def _restore(self, _plan: Plan) -> None:
-        self._erase()
-        print(
-            self.live_paint("yellow", "  an engine failed: putting back what ran before"), file=sys.stderr, flush=True
-        )
+        with contextlib.suppress(OSError):
+            self._erase()
+            print(self.live_paint("yellow", "  an engine failed: putting back what ran before"), file=sys.stderr)
+            sys.stderr.flush()
+
+    def _tell(self, beat: Beat) -> None:
+        """Talk never stops an act: where nobody listens any more, it goes on in silence."""
+        with contextlib.suppress(OSError):
+            self._beat(beat)
 
     def _beat(self, beat: Beat) -> None:
         if beat.plan is not self._plan:

@@ -84,6 +84,8 @@ class RecordFact:
     phase: str = ""
     # It has answered one request of its kind since it started.
     proved: bool = False
+    # The label that the process was started with; empty when this sage's state did not see that.
+    label: tuple[tuple[str, str], ...] = ()
     # What the last request of its kind got instead of an answer; empty when none failed.
     proof_failure: str = ""
     # The port that it was placed on.
@@ -133,6 +135,18 @@ class Gap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KnownEngine:
+    """An engine as this very sage last saw it: its processes stay its own, even when their environment cannot be read.
+
+    Between exec and the new program's start an environment reads empty (proc(5)), and a child may wipe its own.
+    """
+
+    leader: ProcessIdentity
+    label: tuple[tuple[str, str], ...]
+    members: tuple[ProcessIdentity, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """One look at one machine."""
 
@@ -140,6 +154,8 @@ class Facts:
     node: str
     boot_id: str
     uid: int
+    # The inode of the pid namespace; pids of another one mean nothing here.
+    namespace: int = 0
     processes: tuple[ProcessFact, ...] = ()
     # sage itself and its ancestors: never members of an engine.
     own_pids: tuple[int, ...] = ()
@@ -148,6 +164,7 @@ class Facts:
     models: tuple[ModelFact, ...] = ()
     healths: tuple[HealthFact, ...] = ()
     records: tuple[RecordFact, ...] = ()
+    known: tuple[KnownEngine, ...] = ()
     routers: tuple[RouterFact, ...] = ()
     exits: tuple[ExitFact, ...] = ()
     applied: tuple[AppliedFact, ...] = ()

@@ -10,20 +10,21 @@ from sage_reconcile.core.resolved import Resolved, parse_resolved, resolved_json
 from sage_reconcile.core.spec import canonical_json
 
 PROJECT, SOURCE, ENGINE, SPEC, PLACEMENT = "SAGE_PROJECT", "SAGE_SOURCE", "SAGE_ENGINE", "SAGE_SPEC", "SAGE_PLACEMENT"
-# "PID:START_TICKS" of the engine's first process. The gate exports it when it is released, so every process of the
+# "PID:START_TICKS:NAMESPACE" of the engine's first process; the last is the inode of its pid namespace. The
+# gate exports it when it is released, so every process of the
 # engine names the one leader, and a child that makes a session of its own is not taken for a second engine.
 LEADER = "SAGE_LEADER"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Label:
-    """A whole label. `leader` is (pid, start ticks) of the engine's first process."""
+    """A whole label. `leader` is (pid, start ticks, pid namespace) of the engine's first process."""
 
     engine: EngineId
     source: str
     written: str
     resolved: Resolved
-    leader: tuple[int, int]
+    leader: tuple[int, int, int]
 
 
 def variables(*, engine: EngineId, source: str, written: str, resolved: Resolved) -> dict[str, str]:
@@ -37,11 +38,11 @@ def variables(*, engine: EngineId, source: str, written: str, resolved: Resolved
     }
 
 
-def parse_label(environment: Mapping[str, str], *, gate: tuple[int, int] | None = None) -> Label | None:
+def parse_label(environment: Mapping[str, str], *, gate: tuple[int, int, int] | None = None) -> Label | None:
     """The label in an environment; None when a part is missing or makes no sense: then the process is not ours.
 
-    `gate` is (pid, start ticks) of a process that leads its session: before the engine's program runs in it, it is the
-    gate, which cannot name itself yet, and is its own leader.
+    `gate` is (pid, start ticks, pid namespace) of a process that leads its session: before the engine's program runs in
+    it, it is the gate, which cannot name itself yet, and is its own leader.
     """
     parts = [environment.get(name, "") for name in (PROJECT, SOURCE, ENGINE, SPEC, PLACEMENT)]
     leader = _leader(environment[LEADER]) if LEADER in environment else gate
@@ -56,9 +57,16 @@ def parse_label(environment: Mapping[str, str], *, gate: tuple[int, int] | None 
     return Label(engine=the_id, source=source, written=canonical_json(written), resolved=resolved, leader=leader)
 
 
-def _leader(text: str) -> tuple[int, int] | None:
-    pid, _, ticks = text.partition(":")
-    return (int(pid), int(ticks)) if _is_number(pid) and _is_number(ticks) else None
+def leader_text(pid: int, start_ticks: int, namespace: int) -> str:
+    """The value of SAGE_LEADER."""
+    return f"{pid}:{start_ticks}:{namespace}"
+
+
+def _leader(text: str) -> tuple[int, int, int] | None:
+    parts = text.split(":")
+    if len(parts) != 3 or not all(_is_number(part) for part in parts):
+        return None
+    return int(parts[0]), int(parts[1]), int(parts[2])
 
 
 def _is_number(text: str) -> bool:

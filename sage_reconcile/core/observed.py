@@ -157,9 +157,15 @@ def assemble(facts: Facts) -> ObservedState:
     """What the facts mean. Pure, and blind to the order in which the facts came."""
     processes = tuple(sorted((fact for fact in facts.processes if fact.alive), key=lambda fact: fact.identity.pid))
     labels = _labels(processes, facts)
-    members = _members(processes, labels, facts)
+    known = _known(processes, facts)
+    members = _members(processes, labels, known, facts)
     engines = tuple(
-        _engine(leader, [fact for fact in processes if fact.identity.pid in pids], labels, facts)
+        _engine(
+            leader,
+            [fact for fact in processes if fact.identity.pid in pids],
+            next((labels[pid] for pid in sorted(pids) if pid in labels), None) or known[leader][0],
+            facts,
+        )
         for leader, pids in sorted(members.items())
     )
     engine_of = {process.pid: engine.id for engine in engines for process in engine.members}
@@ -181,23 +187,51 @@ def assemble(facts: Facts) -> ObservedState:
 
 
 def _labels(processes: Iterable[ProcessFact], facts: Facts) -> dict[int, Label]:
-    """The whole labels of live processes of our uid, by pid."""
+    """The whole labels of live processes of our uid and pid namespace, by pid."""
     found = {}
     for fact in processes:
         if fact.uid != facts.uid or not fact.label or fact.identity.pid in facts.own_pids:
             continue
         leads = fact.session == fact.identity.pid
-        gate = (fact.identity.pid, fact.identity.start_ticks) if leads else None
+        gate = (fact.identity.pid, fact.identity.start_ticks, facts.namespace) if leads else None
         label = parse_label(dict(fact.label), gate=gate)
-        if label is not None:
+        if label is not None and label.leader[2] == facts.namespace:
             found[fact.identity.pid] = label
     return found
 
 
+def _known(processes: Iterable[ProcessFact], facts: Facts) -> dict[ProcessIdentity, tuple[Label, set[int]]]:
+    """Engines whose processes are known without their environment, with their label and live pids.
+
+    Known are the processes that this sage saw as members before. On record are the leader, and what runs in its
+    session: as long as no other process has the leader's pid, the session of that number is the one that it made.
+    """
+    alive = {fact.identity: fact for fact in processes if fact.uid == facts.uid}
+    pids = {fact.identity.pid for fact in processes}
+    found: dict[ProcessIdentity, tuple[Label, set[int]]] = {}
+    for engine in facts.known:
+        label = parse_label(dict(engine.label))
+        if label is not None and alive.keys() & set(engine.members):
+            found[engine.leader] = (label, {member.pid for member in engine.members if member in alive})
+    for record in facts.records:
+        label = parse_label(dict(record.label))
+        if label is None or record.leader.boot_id != facts.boot_id or label.leader[2] != facts.namespace:
+            continue
+        mine = {record.leader.pid} if record.leader in alive else set()
+        if mine or record.leader.pid not in pids:
+            mine |= {fact.identity.pid for fact in alive.values() if fact.session == record.leader.pid}
+        if mine:
+            found[record.leader] = (label, found.get(record.leader, (label, set()))[1] | mine)
+    return found
+
+
 def _members(
-    processes: Iterable[ProcessFact], labels: Mapping[int, Label], facts: Facts
+    processes: Iterable[ProcessFact],
+    labels: Mapping[int, Label],
+    known: Mapping[ProcessIdentity, tuple[Label, set[int]]],
+    facts: Facts,
 ) -> dict[ProcessIdentity, set[int]]:
-    """Pids of each engine, by its leader: those that name the leader, and those in its session."""
+    """Pids of each engine, by its leader: those that name the leader, those in its session, and those known before."""
     members: dict[ProcessIdentity, set[int]] = {}
     for pid, label in labels.items():
         leader = ProcessIdentity(
@@ -205,12 +239,14 @@ def _members(
         )
         members.setdefault(leader, set()).add(pid)
     sessions = {leader.pid: leader for leader, pids in members.items() if _holds_session(leader, pids, processes)}
-    for fact in processes:
-        pid = fact.identity.pid
-        leader_of_session = sessions.get(fact.session)
-        if leader_of_session is None or pid in labels or fact.uid != facts.uid or pid in facts.own_pids:
-            continue
-        members[leader_of_session].add(pid)
+    unlabelled = [fact for fact in processes if fact.identity.pid not in labels and fact.uid == facts.uid]
+    for fact in unlabelled:
+        if fact.session in sessions and fact.identity.pid not in facts.own_pids:
+            members[sessions[fact.session]].add(fact.identity.pid)
+    for leader, (_, pids) in known.items():
+        strays = pids - set(labels) - set(facts.own_pids)
+        if strays or leader in members:
+            members.setdefault(leader, set()).update(strays)
     return members
 
 
@@ -222,8 +258,7 @@ def _holds_session(leader: ProcessIdentity, pids: set[int], processes: Iterable[
     return any(fact.session == leader.pid for fact in processes if fact.identity.pid in pids)
 
 
-def _engine(leader: ProcessIdentity, processes: list[ProcessFact], labels: Mapping[int, Label], facts: Facts) -> Engine:
-    label = next(labels[fact.identity.pid] for fact in processes if fact.identity.pid in labels)
+def _engine(leader: ProcessIdentity, processes: list[ProcessFact], label: Label, facts: Facts) -> Engine:
     record = next((record for record in facts.records if record.leader == leader), None)
     resolved = label.resolved
     alive = any(fact.identity == leader for fact in processes)
@@ -296,7 +331,12 @@ def _owner(fact: ListenerFact, by_pid: Mapping[int, ProcessFact]) -> str:
 
 
 def _program_name(argv: tuple[str, ...]) -> str:
-    return argv[0].rsplit("/", 1)[-1] if argv and argv[0] else "?"
+    return _shown(argv[0].rsplit("/", 1)[-1]) if argv and argv[0] else "?"
+
+
+def _shown(words: str) -> str:
+    """Words of somebody else's command line, fit to be shown: without control characters and broken text."""
+    return "".join(letter if letter.isprintable() else "?" for letter in words[:200])
 
 
 def _listeners(
@@ -345,7 +385,7 @@ def _foreign(
             name=_program_name(fact.argv),
             user=fact.user,
             kind=engine.kind,
-            model=engine.model,
+            model=_shown(engine.model),
             port=engine.port,
         )
         for fact in sorted(shown, key=lambda fact: fact.identity.pid)

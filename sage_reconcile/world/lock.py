@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,18 +13,34 @@ from sage_reconcile.world.state import private_directory
 _POLL_SECONDS = 0.1
 
 
-def lock_path(environment: Mapping[str, str]) -> Path:
-    """`$SAGE_LOCK_FILE`, else `$XDG_RUNTIME_DIR/sage/lock`, else in a directory of ours in the temp dir."""
+def lock_paths(environment: Mapping[str, str]) -> tuple[Path, ...]:
+    """The locks to hold, in this order: `$SAGE_LOCK_FILE` alone, else `$XDG_RUNTIME_DIR/sage/lock` and one in /tmp.
+
+    Both, because a login has XDG_RUNTIME_DIR and cron has not, and the two must exclude each other.
+    """
     if environment.get("SAGE_LOCK_FILE"):
-        return Path(environment["SAGE_LOCK_FILE"]).absolute()
-    if environment.get("XDG_RUNTIME_DIR"):
-        return private_directory(Path(environment["XDG_RUNTIME_DIR"]) / "sage") / "lock"
-    return private_directory(Path(tempfile.gettempdir()) / f"sage-{os.getuid()}") / "lock"
+        return (Path(environment["SAGE_LOCK_FILE"]).absolute(),)
+    own = f"sage-{os.getuid()}"
+    if not environment.get("XDG_RUNTIME_DIR"):
+        return (private_directory(Path("/tmp") / own) / "lock",)
+    first = private_directory(Path(environment["XDG_RUNTIME_DIR"]) / "sage") / "lock"
+    try:
+        return first, private_directory(Path("/tmp") / own) / "lock"
+    except Environment:
+        return (first,)  # Somebody else took the name in /tmp: what is ours alone must do.
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, purpose: str, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Hold the lock. Raises Locked, which names the holder, when it is not free in time; Environment."""
+def locked(paths: tuple[Path, ...], *, purpose: str, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold all the locks. Raises Locked, which names the holder, when they are not free in time; Environment."""
+    with contextlib.ExitStack() as held:
+        for path in paths:
+            held.enter_context(_locked(path, purpose=purpose, wait_seconds=wait_seconds))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, purpose: str, wait_seconds: float) -> Iterator[None]:
     deadline = time.monotonic() + wait_seconds
     while True:
         descriptor = _opened(path)

@@ -19,7 +19,7 @@ import psutil
 
 from sage_reconcile.core.facts import ExitFact, Gap, ListenerFact, ProcessFact
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
-from sage_reconcile.core.label import LEADER
+from sage_reconcile.core.label import LEADER, leader_text
 from sage_reconcile.core.resolved import Placement
 
 # The gate: the process waits for one line, which is its own identity, and becomes the engine. If sage dies before it
@@ -84,8 +84,8 @@ def processes(*, node: str, boot: str) -> tuple[tuple[ProcessFact, ...], tuple[G
     for pid in psutil.pids():
         try:
             fact = _process(pid, node, boot)
-        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-            continue
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # Gone, or hidden from us (proc(5), hidepid): then it is another user's.
         if fact is None:
             continue
         facts.append(fact)
@@ -106,19 +106,35 @@ def _holds_more_than_we_do(pid: int) -> bool:
 
 
 def _capabilities(pid: int) -> int:
-    """The permitted capabilities of a process, as the bits of CapPrm in /proc/PID/status; none when it is gone."""
+    """The permitted capabilities of a process, as bits; none when it is gone."""
+    return int(_status_field(pid, "CapPrm:") or "0", 16)
+
+
+def _real_uid(pid: int) -> int:
+    return int(_status_field(pid, "Uid:") or "-1")
+
+
+def _status_field(pid: int, name: str) -> str:
+    """The first word of a line of /proc/PID/status; empty when the process is gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
     except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1], 16) for line in lines if line.startswith("CapPrm:")), 0)
+        return ""
+    return next((line.split()[1] for line in lines if line.startswith(name)), "")
+
+
+def pid_namespace() -> int:
+    """The inode of this process's pid namespace (pid_namespaces(7))."""
+    return os.stat("/proc/self/ns/pid").st_ino
 
 
 def _process(pid: int, node: str, boot: str) -> ProcessFact | None:
     found = stat(pid)
     if found is None:
         return None
-    uid = os.stat(f"/proc/{pid}").st_uid
+    owner = os.stat(f"/proc/{pid}").st_uid
+    # The files of a process that may not be dumped belong to root, whoever's it is (proc(5)).
+    uid = owner if owner == os.getuid() else _real_uid(pid)
     alive = found.status not in ("Z", "X", "x")
     process = psutil.Process(pid)
     return ProcessFact(
@@ -129,7 +145,7 @@ def _process(pid: int, node: str, boot: str) -> ProcessFact | None:
         user=_user_name(uid),
         status=found.status,
         argv=_argv(process) if alive else (),
-        label=_label(process) if alive and uid == os.getuid() else (),
+        label=_label(process) if alive and owner == os.getuid() else (),
     )
 
 
@@ -235,9 +251,9 @@ class Gated:
     def release(self) -> None:
         """Let the process become the engine. Raises CannotSpawn when it is no longer there."""
         assert self.process.stdin is not None
-        line = f"{self.identity.pid}:{self.identity.start_ticks}\n"
+        line = leader_text(self.identity.pid, self.identity.start_ticks, pid_namespace())
         try:
-            self.process.stdin.write(line.encode())
+            self.process.stdin.write(f"{line}\n".encode())
             self.process.stdin.close()
         except BrokenPipeError as error:
             raise CannotSpawn("the process ended before it was released") from error

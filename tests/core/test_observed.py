@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from sage_reconcile.core import label
-from sage_reconcile.core.facts import Facts, HealthFact, ListenerFact, ProcessFact, RecordFact, RouterFact
+from sage_reconcile.core.facts import Facts, HealthFact, KnownEngine, ListenerFact, ProcessFact, RecordFact, RouterFact
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.observed import Engine, assemble
 from tests.builders import BOOT, NODE, identity, running
@@ -18,7 +18,7 @@ CHAT = running("lab/chat", 8001, 100)
 def labelled(leader: ProcessIdentity, engine: Engine = CHAT) -> tuple[tuple[str, str], ...]:
     variables: Mapping[str, str] = {
         **label.variables(engine=engine.id, source=engine.source, written=engine.written, resolved=engine.resolved),
-        label.LEADER: f"{leader.pid}:{leader.start_ticks}",
+        label.LEADER: label.leader_text(leader.pid, leader.start_ticks, 0),
     }
     return tuple(sorted(variables.items()))
 
@@ -76,6 +76,42 @@ def test_a_child_that_made_its_own_session_is_a_member_and_no_second_engine() ->
 def test_a_child_without_an_environment_is_a_member_by_its_session() -> None:
     child = process(101, session=100, label=())
     assert the_engine(facts(leader(), child)).members == (identity(100), identity(101))
+
+
+def test_a_child_stays_a_member_that_was_seen_as_one_before() -> None:
+    """It may wipe its environment and leave the session once it is known."""
+    child = process(101, session=101, label=())
+    known = KnownEngine(leader=identity(100), label=labelled(identity(100)), members=(identity(100), identity(101)))
+    engine = the_engine(facts(child, known=(known,)))
+    assert (engine.leader_alive, engine.members) == (False, (identity(101),))
+
+
+def test_a_leader_whose_environment_reads_empty_is_still_the_engine() -> None:
+    """Between exec and the new program's start it does."""
+    known = KnownEngine(leader=identity(100), label=labelled(identity(100)), members=(identity(100),))
+    assert the_engine(facts(process(100, label=()), known=(known,))).leader_alive
+
+
+def test_what_runs_in_the_session_of_a_dead_leader_on_record_is_its_engine() -> None:
+    child = process(101, session=100, label=())
+    engine = the_engine(facts(child, records=(proved(label=labelled(identity(100))),)))
+    assert (engine.leader_alive, engine.members) == (False, (identity(101),))
+
+
+def test_a_session_whose_number_was_given_away_is_not_the_one_on_record() -> None:
+    stranger = process(100, identity=identity(100, ticks=99), label=())
+    child = process(101, session=100, label=())
+    assert assemble(facts(stranger, child, records=(proved(label=labelled(identity(100))),))).engines == ()
+
+
+def test_a_record_of_another_boot_is_void() -> None:
+    old = replace(proved(label=labelled(identity(100))), leader=identity(100, boot="boot-0"))
+    assert assemble(facts(process(101, session=100, label=()), records=(old,))).engines == ()
+
+
+def test_an_engine_of_another_pid_namespace_is_not_ours() -> None:
+    """Its label names a leader by a number that means another process here."""
+    assert assemble(facts(leader(), namespace=4026531836)).engines == ()
 
 
 def test_a_child_without_environment_and_session_is_nobody_s() -> None:
