@@ -78,7 +78,12 @@ class LocalHost:
         ) | leader_variable(engine.leader, processes.pid_namespace())
         earlier = self._known.get(engine.leader)
         members = set(engine.members) | set(earlier.members if earlier else ())
-        return KnownEngine(leader=engine.leader, label=tuple(sorted(label.items())), members=tuple(sorted(members)))
+        return KnownEngine(
+            leader=engine.leader,
+            label=tuple(sorted(label.items())),
+            members=tuple(sorted(members)),
+            proved=engine.proved or engine.state == "ready",
+        )
 
     def facts(self) -> Facts:
         records = Records(self.root)

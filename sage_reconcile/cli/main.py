@@ -19,7 +19,6 @@ INTERNAL, USAGE, INTERRUPTED, TERMINATED = 1, 64, 130, 143
 app = typer.Typer(
     name="sage",
     help="Run the inference engines that are written down in a directory of manifests, and nothing else.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -70,14 +69,16 @@ def _ensure_streams() -> None:
 
 
 def _run(arguments: list[str] | None) -> int:
+    if not (sys.argv[1:] if arguments is None else arguments):
+        with contextlib.redirect_stdout(sys.stderr):
+            app(args=["--help"], standalone_mode=False, prog_name="sage")
+        return USAGE
     try:
         code: Any = app(args=arguments, standalone_mode=False, prog_name="sage")
     except SageError as error:
         return _told(error.report(), error.exit_code)
     except _CliMistake as error:
-        # Without arguments there is no mistake to name: the help has been shown.
-        message = getattr(error, "message", "")
-        return _told(f"error: {message}\n  hint: see sage --help" if message else "", USAGE)
+        return _told(f"error: {getattr(error, 'message', error)}\n  hint: see sage --help", USAGE)
     except (KeyboardInterrupt, typer.Abort):
         return _told("interrupted: sage status says what runs", INTERRUPTED)
     except Terminated:

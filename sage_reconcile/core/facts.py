@@ -144,6 +144,8 @@ class KnownEngine:
     leader: ProcessIdentity
     label: tuple[tuple[str, str], ...]
     members: tuple[ProcessIdentity, ...]
+    # Whether it was seen to be ready once: losing the state directory must not take that from it.
+    proved: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -206,6 +206,9 @@ def _placed(
     staying, freed = _ports(observed, stopping, desired)
     asked = {wanted.spec.port: wanted.id for wanted in desired.wanted if isinstance(wanted.spec.port, int)}
     asked |= {w.pin.resolved.placement.port: w.id for w in desired.wanted if w.pin is not None}
+    # An engine that comes back after a crash finds its port where it left it, whoever comes with it.
+    coming_back = {change.id for change in changes if change.start is not None}
+    asked = {record.port: record.engine for record in observed.records if record.engine in coming_back} | asked
     placed: dict[EngineId, Placement] = {}
     refusals: list[Blocked] = []
     for change in _homes_first(changes):

@@ -62,7 +62,8 @@ async def _forward(request: web.Request, endpoint: Endpoint, body: bytes, proxy:
     # The model of the first choice: a request that names none must not come out at another model the second time.
     second = proxy.traffic.take(endpoint.kind, asked.model or first.model, {first.leader})
     if isinstance(second, NoBackend):
-        raise _rejected(first, failure)
+        # A request that never arrived anywhere is as if the engine had not been ready: it may be sent again.
+        raise rejected(second) if failure is Failure.UNREACHED else _rejected(first, failure)
     try:
         return await _attempt(request, endpoint, second, body, asked, proxy)
     except Failed as failed:

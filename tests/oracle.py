@@ -1,0 +1,245 @@
+"""The leak oracle: what a test must not leave behind, and what sage must agree about with the machine.
+
+Goes in: a test's own directory and ports. Comes out: a sentence for each thing that is wrong; none when all is well.
+It reads /proc and sockets by itself, and asks sage only where sage's word is what is judged.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from sage_reconcile.core.journal import parse_entry
+
+# A command of sage takes half a second by itself. This long means that it hangs.
+_COMMAND_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """A command of sage that has ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """A live process that carries an engine's token."""
+
+    pid: int
+    session: int
+    start_ticks: int
+    engine: str
+    # "PID:START_TICKS" of the engine's first process; empty at the gate.
+    leader: str
+
+
+def environment(state: Path) -> dict[str, str]:
+    """sage's environment: a state directory and a lock of the test's own, and nothing else of sage."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SAGE_")}
+    return {**kept, "SAGE_STATE_DIR": str(state), "SAGE_LOCK_FILE": str(state.with_name("lock"))}
+
+
+def run_sage(
+    state: Path, *arguments: str, directory: Path | None = None, more_environment: Mapping[str, str] | None = None
+) -> Ran:
+    """The real command line, as a process of its own and without a terminal."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "sage_reconcile", *arguments],
+        cwd=directory or state.parent,
+        env=environment(state) | dict(more_environment or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_COMMAND_SECONDS,
+        check=False,
+    )
+    seconds = time.monotonic() - started
+    return Ran(code=done.returncode, stdout=done.stdout, stderr=done.stderr, seconds=seconds)
+
+
+def assert_no_leaks(
+    state: Path, project_dir: Path | None, ports: range, said: Iterable[str] = (), *, again: bool = True
+) -> None:
+    found = leaks(state, project_dir, ports, said, again=again)
+    assert not found, "\n".join(found)
+
+
+def leaks(
+    state: Path, project_dir: Path | None, ports: range, said: Iterable[str] = (), *, again: bool = True
+) -> tuple[str, ...]:
+    """All that is wrong, within the directory that holds the state.
+
+    `project_dir` is the directory of manifests that was applied, None when nothing shall run any more; the lock lies
+    beside the state. `said` are the outputs of the commands so far.
+
+    1. No live process carries the token of an engine that no manifest asks for, and no engine runs twice.
+    2. Whoever listens on one of the ports is a process of an engine.
+    3. Nothing that was said or logged holds a traceback.
+    4. Every line of every journal can be read.
+    5. After an apply a plan is empty, and with `again` also: sage calls ready what the manifests ask for, and a further
+       apply does nothing. These two cost a second.
+    """
+    wanted = wanted_ids(project_dir) if project_dir is not None else frozenset()
+    found = [
+        *_unwanted_processes(state.parent, wanted),
+        *_strange_listeners(state.parent, ports),
+        *_tracebacks(state, said),
+        *_unreadable_journals(state),
+    ]
+    if project_dir is not None:
+        found += _unrest(state, project_dir)
+        found += _unrest_of_a_second_apply(state, project_dir, wanted) if again else ()
+    return tuple(found)
+
+
+def wanted_ids(project_dir: Path) -> frozenset[str]:
+    """The ids of all replicas that the manifests ask for."""
+    ids = set()
+    for path in [*project_dir.glob("*.yaml"), *project_dir.glob("*.yml")]:
+        if path.stem == "sage":
+            continue
+        stack = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for engine in stack["engines"]:
+            for replica in range(engine.get("replicas", 1)):
+                ids.add(f"{stack['name']}/{engine['name']}" + (f"#{replica}" if replica else ""))
+    return frozenset(ids)
+
+
+def labelled(root: Path) -> tuple[Labelled, ...]:
+    """The live processes with an engine's token whose manifests lie below `root`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (process := _labelled(int(entry.name), root)) is not None:
+            found.append(process)
+    return tuple(sorted(found, key=lambda process: (process.engine, process.start_ticks, process.pid)))
+
+
+def _labelled(pid: int, root: Path) -> Labelled | None:
+    variables = environ(pid)
+    source = variables.get("SAGE_SOURCE")
+    stat = stat_fields(pid)
+    if "SAGE_ENGINE" not in variables or source is None or not Path(source).is_relative_to(root) or not stat:
+        return None
+    return Labelled(
+        pid=pid,
+        session=int(stat[3]),
+        start_ticks=int(stat[19]),
+        engine=variables["SAGE_ENGINE"],
+        leader=variables.get("SAGE_LEADER", ""),
+    )
+
+
+def environ(pid: int) -> dict[str, str]:
+    """A process's environment; empty when it is gone or may not be read."""
+    try:
+        raw = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return {}
+    words = [word.decode(errors="replace").partition("=") for word in raw.split(b"\0") if word]
+    return {name: value for name, _, value in words}
+
+
+def stat_fields(pid: int) -> list[str]:
+    """/proc/PID/stat behind the command's name; empty when the process is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+    return [] if fields[0] in "ZXx" else fields
+
+
+def alive(pid: int) -> bool:
+    return bool(stat_fields(pid))
+
+
+def _unwanted_processes(root: Path, wanted: frozenset[str]) -> list[str]:
+    processes = labelled(root)
+    found = [
+        f"pid {process.pid} carries the token of {process.engine}, which nobody wants"
+        for process in processes
+        if process.engine not in wanted
+    ]
+    for engine in sorted(wanted):
+        leaders = {process.leader for process in processes if process.engine == engine}
+        if len(leaders) > 1:
+            found.append(f"{engine} runs {len(leaders)} times: {', '.join(sorted(leaders))}")
+    return found
+
+
+def _strange_listeners(root: Path, ports: range) -> list[str]:
+    processes = labelled(root)
+    pids = {process.pid for process in processes}
+    sessions = {process.session for process in processes if process.session in pids}
+    return [
+        f"port {connection.laddr.port} is listened on by pid {connection.pid}, which is of no engine"
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports
+        if connection.pid not in pids and _session(connection.pid) not in sessions
+    ]
+
+
+def _session(pid: int | None) -> int | None:
+    fields = stat_fields(pid) if pid is not None else []
+    return int(fields[3]) if fields else None
+
+
+def _tracebacks(state: Path, said: Iterable[str]) -> list[str]:
+    found = [f"a traceback was shown: {text[-2000:]}" for text in said if "Traceback" in text]
+    for path in sorted(state.rglob("*.log")):
+        if "Traceback" in path.read_text(encoding="utf-8", errors="replace"):
+            found.append(f"there is a traceback in {path.relative_to(state)}")
+    return found
+
+
+def _unreadable_journals(state: Path) -> list[str]:
+    return [
+        f"{path.relative_to(state)}:{number} cannot be read: {line[:200]!r}"
+        for path in sorted(state.glob("*/journal.jsonl"))
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1)
+        if parse_entry(line) is None
+    ]
+
+
+def _unrest(state: Path, project_dir: Path) -> list[str]:
+    planned = run_sage(state, "plan", str(project_dir), "--detailed-exitcode")
+    if planned.code == 0:
+        return []
+    return [f"a plan after an apply ends with {planned.code}: {planned.stdout}{planned.stderr}"]
+
+
+def _unrest_of_a_second_apply(state: Path, project_dir: Path, wanted: frozenset[str]) -> list[str]:
+    found = []
+    before, acts = _leaders(state.parent), _acts(state)
+    applied = run_sage(state, "apply", str(project_dir), "-y")
+    if applied.code != 0:
+        found.append(f"a further apply ends with {applied.code}: {applied.stderr}")
+    if (_leaders(state.parent), _acts(state)) != (before, acts):
+        found.append(f"a further apply did something: {applied.stdout}{applied.stderr}")
+    told = run_sage(state, "status", "-o", "json")
+    rows: list[dict[str, Any]] = json.loads(told.stdout)["engines"]
+    projects = {environ(process.pid).get("SAGE_PROJECT") for process in labelled(state.parent)}
+    mine = {row["id"]: row["state"] for row in rows if row["project"] in projects}
+    if mine != dict.fromkeys(wanted, "ready"):
+        found.append(f"ready should be {sorted(wanted)}, and sage says {mine}")
+    return found
+
+
+def _leaders(root: Path) -> set[tuple[str, str]]:
+    return {(process.engine, process.leader) for process in labelled(root)}
+
+
+def _acts(state: Path) -> int:
+    return sum(path.read_text(encoding="utf-8").count('"act_begun"') for path in state.glob("*/journal.jsonl"))
