@@ -21,7 +21,7 @@ from tests.tiny_gguf import write_tiny_gguf
 _CHAT = "/v1/chat/completions"
 
 # The router looks every 0.4 s; on a busy machine with two cores a look itself may take half a second.
-_SOON_SECONDS = 1.5
+_SOON_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +197,7 @@ def test_router_that_was_killed_knows_everything_again_at_once(place: Place) -> 
     assert first.status == 200
     assert place.pids() == pids
     # A router that died is not waited for when an engine stops.
-    assert place.sage("down", str(place.manifests), "-y").seconds < 5
+    assert place.sage("down", str(place.manifests), "-y").seconds < 8
     place.assert_nothing_left()
 
 
@@ -253,7 +253,7 @@ def test_stream_that_is_longer_than_the_drain_is_cut_and_told_so(place: Place) -
         ran = place.sage("down", str(place.manifests), "-y")
 
         events = stream.ended()
-        assert ran.seconds < 5
+        assert ran.seconds < 10
         assert "[DONE]" not in events
         assert json.loads(events[-1])["error"]["code"] == "engine_died"
     place.assert_nothing_left()
