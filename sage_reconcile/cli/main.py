@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 
@@ -47,12 +47,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     _ensure_streams()
     code = _run(arguments)
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            # The reader has left, as `sage status | head -1` does. Python would complain once more at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        code = _flushed(stream, code)
     sys.exit(code)
+
+
+def _flushed(stream: TextIO, code: int) -> int:
+    """The exit code once the stream has taken everything; Python would complain at its end if it had not."""
+    try:
+        stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if error.errno != errno.EPIPE:  # A reader that has left, as `sage status | head -1` does, is no trouble.
+            return _told(f"error: cannot write: {error.strerror}", code or Environment.exit_code)
+    return code
 
 
 def _ensure_streams() -> None:
