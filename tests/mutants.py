@@ -1,0 +1,257 @@
+"""Bugs planted on purpose: `make mutants` puts each into a copy of the tree and expects the tests to fail.
+
+A bug that no test notices is a missing test. Each row names the law's tests, so that a run takes minutes and not hours.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """One bug: a text in a file that is replaced once, and the tests that must notice."""
+
+    bug: str
+    file: str
+    old: str
+    new: str
+    caught_by: tuple[str, ...]
+
+
+MUTANTS = (
+    Mutant(
+        bug="core imports a clock",
+        file="sage_reconcile/core/placement.py",
+        old="from dataclasses import dataclass\n",
+        new="from dataclasses import dataclass\nimport time\n",
+        caught_by=("tests/test_house.py",),
+    ),
+    Mutant(
+        bug="core imports world",
+        file="sage_reconcile/core/placement.py",
+        old="from dataclasses import dataclass\n",
+        new="from dataclasses import dataclass\n\nfrom sage_reconcile.world import lock\n",
+        caught_by=("tests/test_house.py",),
+    ),
+    Mutant(
+        bug="core opens a file",
+        file="sage_reconcile/core/quantities.py",
+        old="    found = _SIZE.fullmatch",
+        new='    open("/dev/null")\n    found = _SIZE.fullmatch',
+        caught_by=("tests/test_house.py",),
+    ),
+    Mutant(
+        bug="drive imports world",
+        file="sage_reconcile/drive/executor.py",
+        old="from typing import Protocol\n",
+        new="from typing import Protocol\n\nfrom sage_reconcile.world import logs\n",
+        caught_by=("tests/test_house.py",),
+    ),
+    Mutant(
+        bug="audit calls the planner",
+        file="sage_reconcile/core/audit.py",
+        old="import json\n",
+        new="import json\n\nfrom sage_reconcile.core.planner import make_plan\n",
+        caught_by=("tests/test_house.py",),
+    ),
+    Mutant(
+        bug="audit imports placement through another module",
+        file="sage_reconcile/core/plan.py",
+        old="from dataclasses import dataclass, replace\n",
+        new="from dataclasses import dataclass, replace\n\nfrom sage_reconcile.core import placement\n",
+        caught_by=("tests/test_house.py",),
+    ),
+    Mutant(
+        bug="a launcher imports sage",
+        file="sage_reconcile/launchers/llama_cpp.py",
+        old="import argparse\n",
+        new="import argparse\n\nfrom sage_reconcile import errors\n",
+        caught_by=("tests/test_house.py",),
+    ),
+    Mutant(
+        bug="a second spawner",
+        file="sage_reconcile/world/logs.py",
+        old="    found = []\n",
+        new='    found = []\n    os.system("true")\n',
+        caught_by=("tests/test_house.py",),
+    ),
+    Mutant(
+        bug="a second spawner through subprocess",
+        file="sage_reconcile/app/serving.py",
+        old="    mine = RouterFile",
+        new='    __import__("subprocess").run(["true"])\n    mine = RouterFile',
+        caught_by=("tests/test_house.py",),
+    ),
+    Mutant(
+        bug="the spawner has a default placement",
+        file="sage_reconcile/world/processes.py",
+        old="    placement: Placement,\n    argv",
+        new="    placement: Placement | None,\n    argv",
+        caught_by=("tests/test_house.py",),
+    ),
+    Mutant(
+        bug="a placement made elsewhere",
+        file="sage_reconcile/core/planner.py",
+        old="    place = engine.resolved.placement\n",
+        new='    place = Placement(node="x", host="y", port=1) if False else engine.resolved.placement\n',
+        caught_by=("tests/test_house.py",),
+    ),
+    Mutant(
+        bug="restore_target forgets one engine",
+        file="sage_reconcile/core/planner.py",
+        old="    return replace(desired, wanted=tuple(wanted), prune_stacks",
+        new="    return replace(desired, wanted=tuple(wanted[1:]), prune_stacks",
+        caught_by=("tests/drive/test_reconciler.py",),
+    ),
+    Mutant(
+        bug="restore on the look before the last orders",
+        file="sage_reconcile/drive/reconciler.py",
+        old="restore = sound_plan(target, host.look(), options)",
+        new="restore = sound_plan(target, done.observed, options)",
+        caught_by=("tests/drive/test_reconciler.py", "tests/core/test_worlds.py"),
+    ),
+    Mutant(
+        bug="a start does not wait for the stop on its port",
+        file="sage_reconcile/core/ordering.py",
+        old="return stop.engine == start.engine or stop.port == start.resolved.placement.port",
+        new="return stop.engine == start.engine",
+        caught_by=("tests/core/test_worlds.py",),
+    ),
+    Mutant(
+        bug="a predecessor is stopped though its successor has no home",
+        file="sage_reconcile/core/planner.py",
+        old="changes = [change for change in changes if change.id not in {blocked.engine for blocked in refusals}]",
+        new='changes = [replace(change, start=None, action="stop") if change.id in {b.engine for b in refusals} and change.stops else change for change in changes if change.stops or change.id not in {b.engine for b in refusals}]',
+        caught_by=("tests/core/test_worlds.py", "tests/scenarios"),
+    ),
+    Mutant(
+        bug="the plan depends on the order of facts",
+        file="sage_reconcile/core/observed.py",
+        old="    return tuple(sorted(mine, key=lambda engine: (engine.id, engine.leader.start_ticks, engine.leader.pid)))",
+        new="    return tuple(mine)",
+        caught_by=("tests/core/test_worlds.py",),
+    ),
+    Mutant(
+        bug="a zombie counts as alive",
+        file="sage_reconcile/core/facts.py",
+        old='return self.status not in ("Z", "X", "x")',
+        new="return True",
+        caught_by=("tests/core/test_observed.py",),
+    ),
+    Mutant(
+        bug="any socket on the port will do",
+        file="sage_reconcile/core/observed.py",
+        old="        if fact.port == port and not set(fact.pids) & pids:",
+        new="        if False:",
+        caught_by=("tests/core/test_observed.py",),
+    ),
+    Mutant(
+        bug="health is enough to be ready",
+        file="sage_reconcile/core/health.py",
+        old='    if signs.proved:\n        return "ready", ""\n',
+        new='    return "ready", ""\n',
+        caught_by=("tests/core/test_observed.py",),
+    ),
+    Mutant(
+        bug="a partial label is a label",
+        file="sage_reconcile/core/label.py",
+        old="    if not all(parts) or leader is None:",
+        new="    if leader is None:",
+        caught_by=("tests/core/test_observed.py",),
+    ),
+    Mutant(
+        bug="routers are not waited for",
+        file="sage_reconcile/core/progress.py",
+        old="    return all(\n        act.leader in router.drained_from",
+        new="    return True or all(\n        act.leader in router.drained_from",
+        caught_by=("tests/drive/test_executor.py",),
+    ),
+    Mutant(
+        bug="the second SIGTERM is forgotten",
+        file="sage_reconcile/core/progress.py",
+        old="_TERMS_PER_GRACE = 4",
+        new="_TERMS_PER_GRACE = 1",
+        caught_by=("tests/drive/test_executor.py",),
+    ),
+    Mutant(
+        bug="only the leader is killed",
+        file="sage_reconcile/core/progress.py",
+        old="return Kill(engine=engine.id, leader=engine.leader, processes=engine.members)",
+        new="return Kill(engine=engine.id, leader=engine.leader, processes=(engine.leader,))",
+        caught_by=("tests/drive/test_executor.py",),
+    ),
+    Mutant(
+        bug="the pid is signalled without a second look",
+        file="sage_reconcile/world/processes.py",
+        old="        if found is None or found.start_ticks != target.start_ticks:\n            return False\n",
+        new="",
+        caught_by=("tests/world/test_processes.py",),
+    ),
+    Mutant(
+        bug="an invalid file is skipped",
+        file="sage_reconcile/world/manifests.py",
+        old="    problems = list(reading.problems)\n",
+        new="    problems: list[Problem] = []\n",
+        caught_by=("tests/world/test_manifests.py",),
+    ),
+    Mutant(
+        bug="the label is written after the release",
+        file="sage_reconcile/app/host.py",
+        old="            self._write_down(act, gated.identity, label, log)\n            gated.release()\n",
+        new="            gated.release()\n            self._write_down(act, gated.identity, label, log)\n",
+        caught_by=("tests/world/test_processes.py",),
+    ),
+)
+
+
+def main() -> None:
+    """Plant every bug, or those whose name holds one of the arguments. Leaves with 1 when one was missed."""
+    chosen = [mutant for mutant in MUTANTS if not sys.argv[1:] or any(word in mutant.bug for word in sys.argv[1:])]
+    missed = []
+    with tempfile.TemporaryDirectory(prefix="sage-mutants-") as name:
+        tree = Path(name) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", ".models", "__pycache__"))
+        unharmed = first_failure(tuple(sorted({test for mutant in chosen for test in mutant.caught_by})), tree)
+        assert not unharmed, f"{unharmed} fails without any bug"
+        for mutant in chosen:
+            told = noticed(mutant, tree)
+            missed += [] if told else [mutant.bug]
+            print(f"{'caught' if told else 'MISSED'}  {mutant.bug}  {told}", flush=True)
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} caught")
+    sys.exit(1 if missed else 0)
+
+
+def noticed(mutant: Mutant, tree: Path) -> str:
+    """The first test that fails with the bug in place; empty when none does."""
+    path = tree / mutant.file
+    whole = path.read_text(encoding="utf-8")
+    assert mutant.old in whole, f"{mutant.file} has changed: plant {mutant.bug!r} anew"
+    path.write_text(whole.replace(mutant.old, mutant.new, 1), encoding="utf-8")
+    try:
+        return first_failure(mutant.caught_by, tree)
+    finally:
+        path.write_text(whole, encoding="utf-8")
+
+
+def first_failure(tests: tuple[str, ...], tree: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "--timeout", "60", *tests],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree), "WORLDS": "400"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    failures = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failures[0] if failures else ""
+
+
+if __name__ == "__main__":
+    main()
