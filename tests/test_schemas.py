@@ -9,31 +9,10 @@ from jsonschema import Draft202012Validator
 
 from sage_reconcile.core.schema import settings_schema_json, stack_schema_json
 from sage_reconcile.core.spec import EngineSpec
+from tests.seed_preset import SEED_PRESET
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = {"stack.schema.json": stack_schema_json, "settings.schema.json": settings_schema_json}
-
-# The preset of the control plane that sage replaces: it must stay valid as it stands.
-SEED_PRESET = """\
-version: 1
-name: qwen-mini-with-embeddings
-description: Start a Qwen 1.5B chat engine and BGE-small embedding server.
-engines:
-  - name: chat
-    kind: llm
-    model: Qwen/Qwen2.5-1.5B-Instruct
-    tensor_parallel: 1
-    label: chat-qwen15b
-  - name: embed
-    kind: embedding
-    model: BAAI/bge-small-zh-v1.5
-    label: embedding-bge
-  - name: embed-gpu
-    kind: embedding
-    model: BAAI/bge-m3
-    use_gpu: true
-    label: embedding-bge-m3-gpu
-"""
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS))

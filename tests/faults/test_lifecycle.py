@@ -17,6 +17,7 @@ import pytest
 from sage_reconcile.core.journal import ActBegun, ActDone, PlanBegun, PlanEnded
 from tests.e2e import FAKE_ENGINE, Place, fake, kill, listens, stranger, until
 from tests.oracle import alive, assert_no_leaks, environ, labelled, leaks
+from tests.seed_preset import SEED_PRESET
 from tests.tiny_gguf import write_tiny_gguf
 
 # --- coming and going -------------------------------------------------------------------------------------------------
@@ -536,28 +537,7 @@ def test_what_this_machine_has_is_started_all_the_same_where_that_was_asked_for(
 
 
 def test_preset_of_the_control_plane_before_sage_is_valid_as_it_stands(place: Place) -> None:
-    (place.manifests / "preset.yaml").write_text(
-        """version: 1
-name: qwen-mini-with-embeddings
-description: Start a Qwen 1.5B chat engine and BGE-small embedding server.
-engines:
-  - name: chat
-    kind: llm
-    model: Qwen/Qwen2.5-1.5B-Instruct
-    tensor_parallel: 1
-    label: chat-qwen15b
-  - name: embed
-    kind: embedding
-    model: BAAI/bge-small-zh-v1.5
-    label: embedding-bge
-  - name: embed-gpu
-    kind: embedding
-    model: BAAI/bge-m3
-    use_gpu: true  # an embedding engine uses no GPU unless it says so
-    label: embedding-bge-m3-gpu
-""",
-        encoding="utf-8",
-    )
+    (place.manifests / "preset.yaml").write_text(SEED_PRESET, encoding="utf-8")
 
     place.sage("validate", str(place.manifests))
     plan = place.plan(expect=4)
