@@ -73,14 +73,12 @@ class LocalHost:
         return observed
 
     def _remembered(self, engine: Engine) -> KnownEngine:
-        label = variables(
-            engine=engine.id, source=engine.source, written=engine.written, resolved=engine.resolved
-        ) | leader_variable(engine.leader, processes.pid_namespace())
+        label = variables(engine=engine.id, source=engine.source, written=engine.written, resolved=engine.resolved)
         earlier = self._known.get(engine.leader)
         members = set(engine.members) | set(earlier.members if earlier else ())
         return KnownEngine(
             leader=engine.leader,
-            label=tuple(sorted(label.items())),
+            label=_whole_label(label, engine.leader),
             members=tuple(sorted(members)),
             proved=engine.proved or engine.state == "ready",
         )
@@ -119,7 +117,7 @@ class LocalHost:
     def _let_go_of_ports(self, observed: ObservedState) -> None:
         """Once an engine listens, or is gone, its port need not be held for it."""
         held = {
-            engine.leader: engine
+            engine.leader
             for engine in observed.engines
             if engine.leader in self._holds and engine.resolved.placement.port not in engine.listens_on
         }
@@ -179,9 +177,8 @@ class LocalHost:
             if not released:
                 gated.abandon()
         self._children.add(act.engine, gated)
-        whole = label | leader_variable(gated.identity, processes.pid_namespace())
         self._known[gated.identity] = KnownEngine(
-            leader=gated.identity, label=tuple(sorted(whole.items())), members=(gated.identity,)
+            leader=gated.identity, label=_whole_label(label, gated.identity), members=(gated.identity,)
         )
         self._holds[gated.identity] = gated
         return Spawned(leader=gated.identity)
@@ -196,7 +193,7 @@ class LocalHost:
                 leader=leader,
                 port=act.resolved.placement.port,
                 from_start=True,
-                label=tuple(sorted((label | leader_variable(leader, processes.pid_namespace())).items())),
+                label=_whole_label(label, leader),
                 started_at=time.time(),
                 restarts=_restarts(earlier, act),
                 log=str(log),
@@ -253,9 +250,10 @@ def _question(engine: Engine) -> Question:
     )
 
 
-def leader_variable(leader: ProcessIdentity, namespace: int) -> dict[str, str]:
-    """The part of a label that only the gate is told."""
-    return {LEADER: leader_text(leader.pid, leader.start_ticks, namespace)}
+def _whole_label(label: Mapping[str, str], leader: ProcessIdentity) -> tuple[tuple[str, str], ...]:
+    """A label with the part that only the gate is told."""
+    named = {LEADER: leader_text(leader.pid, leader.start_ticks, processes.pid_namespace())}
+    return tuple(sorted({**label, **named}.items()))
 
 
 def _restarts(earlier: list[RecordFact], act: StartEngine) -> int:

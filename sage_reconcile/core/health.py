@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-STATES = ("starting", "ready", "unready", "draining", "stopping", "stuck", "backoff", "failed", "missing")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signs:

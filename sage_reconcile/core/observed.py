@@ -27,7 +27,7 @@ from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.label import Label, parse_label
 from sage_reconcile.core.resolved import Resolved
 from sage_reconcile.core.runtimes import recognise
-from sage_reconcile.core.spec import IDENTITY_FIELDS, EngineSpec, canonical_json, served_model
+from sage_reconcile.core.spec import IDENTITY_FIELDS, EngineSpec, canonical_json, parse_written, served_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,11 +137,8 @@ def project_engines(observed: ObservedState, project: str) -> tuple[Engine, ...]
 
 
 def spec_of(engine: Engine) -> EngineSpec | None:
-    """The engine's spec; None when another version of sage wrote it and this one cannot read it."""
-    try:
-        return EngineSpec.model_validate_json(engine.written)
-    except ValueError:
-        return None
+    """The engine's spec; None when this version of sage cannot read it."""
+    return parse_written(engine.written)
 
 
 def model_of(engine: Engine) -> str:

@@ -78,15 +78,6 @@ def _ports(text: str) -> Iterator[int]:
         yield from range(first, last + 1)
 
 
-def size_text(size_bytes: int) -> str:
-    """A size for a person: "38.1 GiB", "512 MiB"."""
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        amount = size_bytes / _BYTES_PER_UNIT[unit]
-        if amount >= 1:
-            return f"{amount:.1f} {unit}"
-    return f"{size_bytes} B"
-
-
 def duration_text(seconds: float) -> str:
     """A duration for a person: "12s", "3m05s", "2h07m", "4d02h"."""
     whole = int(seconds)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.observed import Engine, ObservedState, spec_of
-from sage_reconcile.core.spec import EngineSpec, is_path, served_model
+from sage_reconcile.core.spec import EngineSpec, is_path, parse_written, served_model
 
 # What a client should wait before it asks again, in seconds: engines take seconds to minutes to load.
 RETRY_AFTER_SECONDS = 5
@@ -77,7 +77,7 @@ def routes(observed: ObservedState) -> RouteTable:
             names=_names(applied.engine, spec),
         )
         for applied in observed.applied
-        if applied.engine not in running and (spec := _spec(applied.written)) is not None
+        if applied.engine not in running and (spec := parse_written(applied.written)) is not None
     )
     return RouteTable(taken_at=observed.taken_at, backends=backends, absent=absent)
 
@@ -201,10 +201,3 @@ def _names(engine: EngineId, spec: EngineSpec) -> tuple[str, ...]:
     ids = {f"{engine.stack}/{engine.name}", f"{engine.project}:{engine.stack}/{engine.name}", str(engine), engine.full}
     model = set() if is_path(spec.model) else {spec.model}
     return tuple(sorted({served_model(spec), *spec.aliases} | model | ids))
-
-
-def _spec(written: str) -> EngineSpec | None:
-    try:
-        return EngineSpec.model_validate_json(written)
-    except ValueError:
-        return None

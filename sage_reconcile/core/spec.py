@@ -355,6 +355,14 @@ def written_fields(spec: EngineSpec) -> dict[str, Any]:
     return spec.model_dump(mode="json", exclude_unset=True)
 
 
+def parse_written(text: str) -> EngineSpec | None:
+    """The spec in canonical JSON; None when another version of sage wrote it and this one cannot read it."""
+    try:
+        return EngineSpec.model_validate_json(text)
+    except ValueError:
+        return None
+
+
 def default_fields() -> dict[str, Any]:
     """Today's defaults of the identity fields, as plain JSON values."""
     spec = EngineSpec(name="x", model="x")

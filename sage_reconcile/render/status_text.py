@@ -5,7 +5,7 @@ from typing import Any
 from sage_reconcile.core.facts import AppliedFact, RecordFact
 from sage_reconcile.core.observed import Engine, ObservedState, model_of, spec_of
 from sage_reconcile.core.quantities import duration_text
-from sage_reconcile.core.spec import EngineSpec, served_model
+from sage_reconcile.core.spec import parse_written, served_model
 from sage_reconcile.render.paint import PLAIN, Paint, columns
 from sage_reconcile.render.plan_json import FORMAT_VERSION, timestamp
 
@@ -72,11 +72,8 @@ def _kind(engine: Engine) -> str:
 
 
 def _applied_fields(applied: AppliedFact) -> tuple[str, str]:
-    try:
-        spec = EngineSpec.model_validate_json(applied.written)
-    except ValueError:
-        return "?", "?"
-    return spec.kind, served_model(spec)
+    spec = parse_written(applied.written)
+    return (spec.kind, served_model(spec)) if spec is not None else ("?", "?")
 
 
 def _missing_reason(record: RecordFact | None, observed: ObservedState) -> str:

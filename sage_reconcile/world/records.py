@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sage_reconcile.core.facts import RecordFact
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
-from sage_reconcile.core.spec import EngineSpec
+from sage_reconcile.core.spec import parse_written
 from sage_reconcile.world.state import matches, read_object, write_whole
 
 FORMAT = 1
@@ -66,9 +66,9 @@ class Records:
             return None
         try:
             record = _RECORD.validate_python(fields)
-            if record.policy is not None:
-                EngineSpec.model_validate_json(record.policy)
         except ValidationError:
+            return None
+        if record.policy is not None and parse_written(record.policy) is None:
             return None
         proof = read_object(path.with_suffix(".proof"))
         if proof is None or proof.get("format") != FORMAT:

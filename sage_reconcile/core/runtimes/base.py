@@ -34,8 +34,6 @@ class Runtime:
     # Why this runtime cannot run this spec: sentences, each with the field that it is about.
     complaints: Callable[[EngineSpec], tuple[tuple[str, str], ...]]
     recognise: Callable[[tuple[str, ...]], Recognised | None]
-    # Whether it can be told how much GPU memory to take.
-    takes_memory_limit: bool
     # Whether a bound, non-listening socket of ours keeps its port free for it: it must set SO_REUSEADDR or REUSEPORT.
     hold: bool = True
 

@@ -45,5 +45,4 @@ COMMAND = Runtime(
     env=no_env,
     complaints=_complaints,
     recognise=_never,
-    takes_memory_limit=False,
 )

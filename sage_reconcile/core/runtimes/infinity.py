@@ -49,5 +49,4 @@ INFINITY = Runtime(
     env=_env,
     complaints=_complaints,
     recognise=_recognise,
-    takes_memory_limit=False,
 )

@@ -66,5 +66,4 @@ LLAMA_CPP = Runtime(
     env=no_env,
     complaints=_complaints,
     recognise=_recognise,
-    takes_memory_limit=False,
 )

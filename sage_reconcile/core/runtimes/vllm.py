@@ -67,5 +67,4 @@ VLLM = Runtime(
     env=no_env,
     complaints=_no_complaints,
     recognise=_recognise,
-    takes_memory_limit=True,
 )
