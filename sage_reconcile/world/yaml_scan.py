@@ -19,7 +19,7 @@ Path = tuple[str | int, ...]
 
 # A manifest needs 6 levels; every level is a frame of our own recursion.
 _DEEPEST = 32
-# A thousand engines of 50 fields with room to spare; it bounds time and memory.
+# A thousand engines of 40 fields fit, key and value each counted; it bounds time and memory.
 _MOST_NODES = 100_000
 # The rest of a file with this many mistakes says nothing new.
 MOST_PROBLEMS = 100
