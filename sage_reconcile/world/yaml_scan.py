@@ -5,6 +5,7 @@ on 60 KB of "["), and limits count before anything is built. Scalars mean what Y
 Must not know: what a manifest is.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -120,9 +121,17 @@ def _refuse_forbidden(source: Source, text: str) -> None:
 
 
 def _events(source: Source, text: str, loader: Any) -> Iterator[Any]:
+    given = 0
     try:
-        yield from yaml.parse(text, Loader=loader)
+        for event in yaml.parse(text, Loader=loader):
+            yield event
+            given += 1
     except yaml.MarkedYAMLError as error:
+        # libyaml since 0.2.6 gives up on nesting while it reads ahead, before it has told of what is nested. The parser
+        # without C goes on from there, to the place where we give up ourselves.
+        if "nesting depth" in (error.problem or "") and loader is not yaml.SafeLoader:
+            yield from itertools.islice(_events(source, text, yaml.SafeLoader), given, None)
+            return
         raise _Stopped(_syntax_problem(source, error)) from None
     # The parser without C lets chr() complain of "\UFFFFFFFF", and ReaderError has no mark.
     except (yaml.YAMLError, ValueError, OverflowError) as error:
