@@ -46,11 +46,49 @@ def test_vllm_embedding() -> None:
 
 
 def test_infinity() -> None:
-    """https://michaelfeil.github.io/infinity/"""
+    """https://michaelfeil.github.io/infinity/; infinity-emb 0.0.78 was started with these words and answered."""
     assert argv(model="org/e", kind="embedding") == (
         "program", "v2", "--model-id", "org/e", "--served-model-name", "org/e", "--host", "127.0.0.1", "--port", "8001",
         "--url-prefix", "/v1", "--device", "cpu",
     )  # fmt: skip
+
+
+def test_infinity_with_a_gpu_and_a_number_format() -> None:
+    words = argv(model="org/e", kind="embedding", use_gpu=True, dtype="float16")
+    assert words[-4:] == ("--device", "cuda", "--dtype", "float16")
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"tensor_parallel": 1, "dtype": "float16"}, []),
+        ({"tensor_parallel": 2, "pipeline_parallel": 2}, ["tensor_parallel", "pipeline_parallel"]),
+        ({"kind": "llm", "runtime": "infinity", "max_model_len": 512}, ["kind", "max_model_len"]),
+    ],
+)
+def test_what_infinity_cannot_do(fields: dict[str, Any], refused: list[str]) -> None:
+    the_spec = EngineSpec.model_validate({"name": "x", "model": "org/e", "kind": "embedding", **fields})
+    assert [field for field, _ in runtime_of(the_spec).complaints(the_spec)] == refused
+
+
+@pytest.mark.parametrize(
+    ("words", "model"),
+    [
+        (("infinity_emb",), "?"),
+        (("python3", "/x/infinity_emb", "v2"), "?"),
+        (("python3", "/x/infinity_emb", "v2", "--model-id", "/a/b/c"), "b/c"),
+        (("python3", "/x/infinity_emb", "--model-id=org/e", "--served-model-name", "e"), "e"),
+    ],
+)
+def test_an_infinity_that_was_started_by_hand(words: tuple[str, ...], model: str) -> None:
+    seen = recognise(words)
+    assert seen is not None
+    assert (seen.runtime, seen.model, seen.port) == ("infinity", model, 7997)
+
+
+@pytest.mark.parametrize("words", [("grep", "infinity_emb"), ("python3", "/x/pip", "install", "infinity_emb")])
+def test_the_word_infinity_emb_alone_starts_nothing(words: tuple[str, ...]) -> None:
+    assert recognise(words) is None
 
 
 def test_command_fills_in_what_it_knows_and_leaves_the_rest_as_it_stands() -> None:
