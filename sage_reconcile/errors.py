@@ -2,6 +2,7 @@
 
     SageError                    1   our own mistake, when nothing below fits
     ├── InvalidManifests         3   what was written down cannot be read or contradicts itself
+    │   └── NewerState               ... and it is sage's own state, written by a newer sage
     ├── Infeasible               4   it cannot be done here and now: memory, devices, ports, a program or a model
     ├── ApplyRestored            5   the apply failed; what ran before runs again
     ├── ApplyStuck               6   the apply failed and not everything could be put back
@@ -11,9 +12,10 @@
     ├── Refused                 10   sage will not do this without being told more
     ├── ObservationIncomplete   11   something that matters could not be seen
     ├── Environment             12   the machine does not let sage work: state not writable, disk full
-    └── Usage                   64   the command line makes no sense
+    ├── Usage                   64   the command line makes no sense
+    └── Interrupted            130   Ctrl-C came, and the work ended between two acts (SIGTERM: 143)
 
-Also used, without a class: 0 done or no change; 2 changes pending (only when asked for); 130 and 143 interrupted.
+Also used, without a class: 0 done or no change; 2 changes pending (only when asked for).
 """
 
 
@@ -40,6 +42,10 @@ class SageError(Exception):
 
 class InvalidManifests(SageError):
     exit_code = 3
+
+
+class NewerState(InvalidManifests):
+    pass
 
 
 class Infeasible(SageError):
@@ -80,3 +86,11 @@ class Environment(SageError):
 
 class Usage(SageError):
     exit_code = 64
+
+
+class Interrupted(SageError):
+    """`signal_number` is the signal that asked for the end."""
+
+    def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = 128 + signal_number

@@ -1,4 +1,4 @@
-"""What was done: the entries of a journal, and what can be read from them. Values only."""
+"""What was done: the entries of a journal, their lines, and what can be read from them. Values only."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -7,6 +7,18 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from sage_reconcile.core.facts import AppliedFact
 from sage_reconcile.core.identity import EngineId
+from sage_reconcile.core.seal import sealed, unsealed
+
+# The version of the entries below. A journal that says a higher one was written by a newer sage.
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalBegun:
+    """The first entry of every journal file."""
+
+    format: int = FORMAT
+    entry: Literal["journal_begun"] = "journal_begun"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,22 +76,31 @@ class PlanEnded:
     entry: Literal["plan_ended"] = "plan_ended"
 
 
-Entry = PlanBegun | ActBegun | ActDone | ActFailed | RestoreBegun | PlanEnded
+Entry = JournalBegun | PlanBegun | ActBegun | ActDone | ActFailed | RestoreBegun | PlanEnded
 
 _ENTRY: TypeAdapter[Entry] = TypeAdapter(Annotated[Entry, Field(discriminator="entry")])
 
 
 def entry_json(entry: Entry) -> str:
-    """One line of a journal."""
-    return _ENTRY.dump_json(entry).decode()
+    """One line of a journal, sealed."""
+    return sealed(_ENTRY.dump_json(entry).decode())
 
 
 def parse_entry(line: str | bytes) -> Entry | None:
     """What `entry_json` wrote; None for anything else."""
     try:
-        return _ENTRY.validate_json(line)
+        return _ENTRY.validate_python(unsealed(line))
     except ValidationError:
         return None
+
+
+def is_newer(line: bytes) -> bool:
+    """Whether the line begins a journal of a later format than this one."""
+    if b'"journal_begun"' not in line:
+        return False
+    fields = unsealed(line) or {}
+    number = fields.get("format")
+    return fields.get("entry") == "journal_begun" and isinstance(number, int) and number > FORMAT
 
 
 def last_applied(entries: tuple[Entry, ...]) -> tuple[AppliedFact, ...]:
@@ -97,3 +118,26 @@ def last_applied(entries: tuple[Entry, ...]) -> tuple[AppliedFact, ...]:
                 )
             begun = None
     return applied
+
+
+def shortened(entries: tuple[Entry, ...], longest_bytes: int) -> tuple[Entry, ...]:
+    """The newest whole plans that fit into so many bytes, and before them the last one that was applied.
+
+    What is left out is history; what should run is never lost with it.
+    """
+    plans: list[list[Entry]] = []
+    for entry in entries:
+        if isinstance(entry, PlanBegun):
+            plans.append([])
+        if plans:
+            plans[-1].append(entry)
+    kept: list[list[Entry]] = []
+    for plan in reversed(plans):
+        longest_bytes -= sum(len(entry_json(entry)) + 1 for entry in plan)
+        if longest_bytes < 0 and kept:
+            break
+        kept.insert(0, plan)
+    if not any(last_applied(tuple(plan)) for plan in kept):
+        applied = [plan for plan in plans if last_applied(tuple(plan))]
+        kept = applied[-1:] + kept
+    return tuple(entry for plan in kept for entry in plan)

@@ -4,11 +4,20 @@ import os
 from pathlib import Path
 
 from sage_reconcile.core.facts import AppliedFact
-from sage_reconcile.core.journal import Entry, entry_json, last_applied, parse_entry
-from sage_reconcile.errors import Environment
-from sage_reconcile.world.state import matches, private_directory
+from sage_reconcile.core.journal import Entry, JournalBegun, entry_json, is_newer, last_applied, parse_entry, shortened
+from sage_reconcile.world.damaged import set_aside
+from sage_reconcile.world.failpoints import failpoint
+from sage_reconcile.world.records import newer_state
+from sage_reconcile.world.state import cannot_write, keep_as, matches, private_directory, sync_directory, write_whole
 
 _NAME = "journal.jsonl"
+
+# A journal that has grown longer is shortened before the next plan; the whole of it is kept as `.previous`.
+_LONG_BYTES = 4 * 1024 * 1024
+_SHORTENED_BYTES = 1024 * 1024
+
+# No more than the last so many bytes of a journal are read: what is longer was not written by us.
+_MOST_READ_BYTES = 16 * 1024 * 1024
 
 
 class JournalFile:
@@ -22,16 +31,48 @@ class JournalFile:
         line = entry_json(entry).encode() + b"\n"
         private_directory(self._path.parent)
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            is_new = not self._path.exists()
+            descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
+                failpoint("journal.opened")
                 _write_line(descriptor, line)
+                failpoint("journal.written")
                 os.fdatasync(descriptor)
+                failpoint("journal.synced")
             finally:
                 os.close(descriptor)
+            if is_new:
+                sync_directory(self._path.parent)
         except OSError as error:
-            raise Environment(
-                f"cannot write the journal {self._path}: {error.strerror}", hint="is the disk full or read-only?"
-            ) from error
+            raise cannot_write(self._path, error) from error
+
+    def mend(self) -> tuple[str, ...]:
+        """Set a damaged journal aside and go on with what can be read of it; shorten a long one.
+
+        Tells what was damaged. Raises Environment, and NewerState for the journal of a newer sage.
+        """
+        lines, is_whole = _lines(self._path)
+        if any(is_newer(line) for line in lines):
+            raise newer_state(self._path)
+        entries = tuple(entry for line in lines if (entry := parse_entry(line)) is not None)
+        told: tuple[str, ...] = ()
+        if not is_whole or len(entries) < len(lines):
+            kept_as = set_aside(self._path, self._path.parent, keep=True)
+            told = (f"{self._path} was damaged: the whole of it is kept as {kept_as}",)
+        elif _size(self._path) > _LONG_BYTES:
+            previous = self._path.with_name(f"{_NAME}.previous")
+            try:
+                previous.unlink(missing_ok=True)
+                keep_as(self._path, previous)
+            except OSError as error:
+                raise cannot_write(previous, error) from error
+            entries = shortened(entries, _SHORTENED_BYTES)
+        else:
+            return ()
+        entries = tuple(entry for entry in entries if not isinstance(entry, JournalBegun))
+        text = "".join(f"{entry_json(entry)}\n" for entry in (JournalBegun(), *entries))
+        write_whole(self._path, text, what="mended")
+        return told
 
     def entries(self) -> tuple[Entry, ...]:
         return read_journal(self._path)
@@ -40,19 +81,47 @@ class JournalFile:
 def _write_line(descriptor: int, line: bytes) -> None:
     """A whole line, on a line of its own: the last one may have been cut by a crash or a full disk."""
     size = os.fstat(descriptor).st_size
-    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+    if size == 0:
+        line = entry_json(JournalBegun()).encode() + b"\n" + line
+    elif os.pread(descriptor, 1, size - 1) != b"\n":
         line = b"\n" + line
     while line:
         line = line[os.write(descriptor, line) :]
 
 
-def read_journal(path: Path) -> tuple[Entry, ...]:
-    """Every entry that can be read; a line that was cut by a crash is no entry."""
+def _lines(path: Path) -> tuple[list[bytes], bool]:
+    """The lines of a journal, or those of its last part, and whether that is all and it can be read."""
     try:
-        lines = path.read_bytes().splitlines()
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            start = max(0, size - _MOST_READ_BYTES)
+            file.seek(start)
+            text = file.read(_MOST_READ_BYTES)
+    except FileNotFoundError:
+        return [], True
     except OSError:
-        return ()
-    return tuple(entry for line in lines if (entry := parse_entry(line)) is not None)
+        return [], False
+    lines = text.split(b"\n")
+    # The last line ends with a line break, unless it was cut; the first of a part begins anywhere.
+    return [line for line in (lines[1:] if start else lines) if line], start == 0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def read_journal(path: Path) -> tuple[Entry, ...]:
+    """What was done, as far as it can be read; a line that was cut by a crash tells nothing."""
+    entries = [parse_entry(line) for line in _lines(path)[0]]
+    return tuple(entry for entry in entries if entry is not None and not isinstance(entry, JournalBegun))
+
+
+def newer_journals(root: Path) -> tuple[Path, ...]:
+    """The journals that a newer sage wrote into."""
+    return tuple(path for path in matches(root, f"*/{_NAME}") if any(is_newer(line) for line in _lines(path)[0]))
 
 
 class AppliedRevisions:

@@ -8,9 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sage_reconcile.errors import Environment, Locked
+from sage_reconcile.world.failpoints import failpoint
 from sage_reconcile.world.state import private_directory
 
 _POLL_SECONDS = 0.1
+
+# How often, and with what pause, the name of a holder is looked for.
+_NAME_LOOKS = 10
+_NAME_SECONDS = 0.01
 
 
 def lock_paths(environment: Mapping[str, str]) -> tuple[Path, ...]:
@@ -44,6 +49,7 @@ def _locked(path: Path, *, purpose: str, wait_seconds: float) -> Iterator[None]:
     deadline = time.monotonic() + wait_seconds
     while True:
         descriptor = _opened(path)
+        failpoint("lock.opened")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -61,8 +67,12 @@ def _locked(path: Path, *, purpose: str, wait_seconds: float) -> Iterator[None]:
             break
         os.close(descriptor)
     try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"pid {os.getpid()} ({purpose})\n".encode())
+        failpoint("lock.taken")
+        # The name is for people. A full disk takes it from them, and the lock from nobody.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"pid {os.getpid()} ({purpose})\n".encode())
+        failpoint("lock.named")
         yield
     finally:
         os.close(descriptor)
@@ -76,7 +86,14 @@ def _opened(path: Path) -> int:
 
 
 def _holder(descriptor: int) -> str:
-    return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "a process that has not said who it is"
+    """Who holds the lock, as it says itself. A holder that has just come may not have put its name there yet."""
+    for _ in range(_NAME_LOOKS):
+        name = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        pid = name.removeprefix("pid ").partition(" ")[0]
+        if pid.isascii() and pid.isdigit() and Path(f"/proc/{pid}").exists():
+            return name
+        time.sleep(_NAME_SECONDS)
+    return "a process that has not said who it is"
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

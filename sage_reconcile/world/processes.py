@@ -1,4 +1,4 @@
-"""Processes: what runs, who listens, the one spawner, and signals that cannot hit the wrong process.
+"""Processes: what runs, the one spawner, and signals that cannot hit the wrong process.
 
 psutil's and subprocess' only door. Facts come from /proc (proc(5)); nothing is judged here.
 """
@@ -10,17 +10,19 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import psutil
 
-from sage_reconcile.core.facts import ExitFact, Gap, ListenerFact, ProcessFact
+from sage_reconcile.core.facts import ExitFact, Gap, ProcessFact
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.label import LEADER, leader_text
 from sage_reconcile.core.resolved import Placement
+from sage_reconcile.world.failpoints import failpoint
+from sage_reconcile.world.sockets import held_port
 
 # The gate: the process waits for one line, which is its own identity, and becomes the engine. If sage dies before it
 # writes that line, the gate reads end-of-file and exits; so nothing ever runs that was not written down first.
@@ -31,8 +33,6 @@ _INHERITED = (
     "PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "XDG_CACHE_HOME",
 )  # fmt: skip
 _INHERITED_PREFIXES = ("LC_", "HF_", "SSL_CERT_")
-
-_LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, include/net/tcp_states.h
 
 
 def boot_id() -> str:
@@ -55,6 +55,12 @@ class Stat:
     parent_pid: int
     session: int
     start_ticks: int
+    threads: int
+
+    @property
+    def alive(self) -> bool:
+        """A process whose first thread has ended shows as a zombie while others of its threads still run."""
+        return self.status not in ("Z", "X", "x") or (self.status == "Z" and self.threads > 1)
 
 
 def stat(pid: int) -> Stat | None:
@@ -65,25 +71,34 @@ def stat(pid: int) -> Stat | None:
         return None
     # The command's name stands in parentheses and may hold any character, so the fields are counted from its end.
     fields = text[text.rindex(")") + 2 :].split()
-    return Stat(status=fields[0], parent_pid=int(fields[1]), session=int(fields[3]), start_ticks=int(fields[19]))
+    return Stat(
+        status=fields[0],
+        parent_pid=int(fields[1]),
+        session=int(fields[3]),
+        start_ticks=int(fields[19]),
+        threads=int(fields[17]),
+    )
 
 
 def identity(pid: int, *, node: str, boot: str) -> ProcessIdentity | None:
     """The identity of a live process; None when there is none or it is a zombie."""
     found = stat(pid)
-    if found is None or found.status in ("Z", "X", "x"):
+    if found is None or not found.alive:
         return None
     return ProcessIdentity(node=node, boot_id=boot, pid=pid, start_ticks=found.start_ticks)
 
 
-def processes(*, node: str, boot: str) -> tuple[tuple[ProcessFact, ...], tuple[Gap, ...]]:
-    """Every process of the machine, and a gap for each live one of ours whose environment cannot be read."""
+def processes(*, node: str, boot: str, logs: str = "") -> tuple[tuple[ProcessFact, ...], tuple[Gap, ...]]:
+    """Every process of the machine, and a gap for each live one of ours whose environment cannot be read.
+
+    `logs` is the directory below which the logs of sage's engines lie.
+    """
     facts: list[ProcessFact] = []
     gaps: list[Gap] = []
     ours = own_pids()
     for pid in psutil.pids():
         try:
-            fact = _process(pid, node, boot)
+            fact = _process(pid, node, boot, logs)
         except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # Gone, or hidden from us (proc(5), hidepid): then it is another user's.
         if fact is None:
@@ -128,15 +143,16 @@ def pid_namespace() -> int:
     return os.stat("/proc/self/ns/pid").st_ino
 
 
-def _process(pid: int, node: str, boot: str) -> ProcessFact | None:
+def _process(pid: int, node: str, boot: str, logs: str) -> ProcessFact | None:
     found = stat(pid)
     if found is None:
         return None
     owner = os.stat(f"/proc/{pid}").st_uid
     # The files of a process that may not be dumped belong to root, whoever's it is (proc(5)).
     uid = owner if owner == os.getuid() else _real_uid(pid)
-    alive = found.status not in ("Z", "X", "x")
+    alive = found.alive
     process = psutil.Process(pid)
+    label = _label(process) if alive and owner == os.getuid() else ()
     return ProcessFact(
         identity=ProcessIdentity(node=node, boot_id=boot, pid=pid, start_ticks=found.start_ticks),
         parent_pid=found.parent_pid,
@@ -144,9 +160,22 @@ def _process(pid: int, node: str, boot: str) -> ProcessFact | None:
         uid=uid,
         user=_user_name(uid),
         status=found.status,
+        threads=found.threads,
         argv=_argv(process) if alive else (),
-        label=_label(process) if alive and owner == os.getuid() else (),
+        label=label,
+        output=_output(pid, logs) if logs and alive and owner == os.getuid() and not label else (),
     )
+
+
+def _output(pid: int, logs: str) -> tuple[str, ...]:
+    """The files below a directory that a process's standard output and error go to."""
+    found = set()
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/{pid}/fd/{number}")
+            if target.startswith(f"{logs}/"):
+                found.add(target)
+    return tuple(sorted(found))
 
 
 def _argv(process: psutil.Process) -> tuple[str, ...]:
@@ -185,54 +214,6 @@ def own_pids() -> tuple[int, ...]:
     return tuple(pids)
 
 
-def listeners(pids: Iterable[int]) -> tuple[tuple[ListenerFact, ...], tuple[Gap, ...]]:
-    """Every listening TCP socket of this network namespace; its holders are looked for among `pids`."""
-    try:
-        rows = [row for name in ("tcp", "tcp6") for row in _listening(Path(f"/proc/net/{name}"))]
-    except OSError as error:
-        return (), (Gap(what="listeners", why=f"cannot read /proc/net/tcp: {error.strerror}"),)
-    holders: dict[int, list[int]] = {}
-    wanted = {inode for _, _, _, inode in rows}
-    for pid in pids:
-        for inode in _socket_inodes(pid) & wanted:
-            holders.setdefault(inode, []).append(pid)
-    return tuple(
-        ListenerFact(address=address, port=port, uid=uid, pids=tuple(sorted(holders.get(inode, []))))
-        for address, port, uid, inode in rows
-    ), ()
-
-
-def _listening(path: Path) -> Iterator[tuple[str, int, int, int]]:
-    """(address, port, uid, inode) of each listening socket. A machine without IPv6 has no such file."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="ascii").splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == _LISTEN:
-            address, _, port = fields[1].partition(":")
-            yield _address(address), int(port, 16), int(fields[7]), int(fields[9])
-
-
-def _address(words: str) -> str:
-    """An address of /proc/net/tcp: 32-bit words, each in the machine's byte order."""
-    raw = b"".join(int(words[start : start + 8], 16).to_bytes(4, "little") for start in range(0, len(words), 8))
-    return socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
-
-
-def _socket_inodes(pid: int) -> set[int]:
-    """Inodes of the sockets that a process holds; empty for one that may not be looked into."""
-    inodes = set()
-    try:
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(FileNotFoundError):
-                target = os.readlink(entry.path)
-                if target.startswith("socket:["):
-                    inodes.add(int(target[8:-1]))
-    except (PermissionError, FileNotFoundError, ProcessLookupError):
-        return inodes
-    return inodes
-
-
 # --- starting ---------------------------------------------------------------------------------------------------------
 
 
@@ -252,11 +233,13 @@ class Gated:
         """Let the process become the engine. Raises CannotSpawn when it is no longer there."""
         assert self.process.stdin is not None
         line = leader_text(self.identity.pid, self.identity.start_ticks, pid_namespace())
+        failpoint("gate.checked")
         try:
             self.process.stdin.write(f"{line}\n".encode())
             self.process.stdin.close()
         except BrokenPipeError as error:
             raise CannotSpawn("the process ended before it was released") from error
+        failpoint("gate.released")
 
     def abandon(self) -> None:
         """Close the gate: the process reads end-of-file and exits."""
@@ -266,6 +249,7 @@ class Gated:
         self.process.wait()
         if self.hold is not None:
             self.hold.close()
+        failpoint("gate.abandoned")
 
 
 def spawn(
@@ -283,10 +267,14 @@ def spawn(
     `variables` go on top of the inherited allow-list. `hold` keeps the port bound by a socket of ours, so that nobody
     who sets neither SO_REUSEADDR nor SO_REUSEPORT takes it before the engine does. Raises CannotSpawn.
     """
-    held = _held_port(placement, hold=hold)
+    try:
+        held = held_port(placement.host, placement.port, hold=hold)
+    except OSError as error:
+        raise CannotSpawn(f"port {placement.port} cannot be bound: {error.strerror}") from error
     environment = inherited(os.environ) | dict(variables)
     assert LEADER not in environment
     try:
+        failpoint("gate.begin")
         process = subprocess.Popen(
             ["/bin/sh", "-c", _GATE, "sage-gate", *argv],
             stdin=subprocess.PIPE,
@@ -297,14 +285,18 @@ def spawn(
             close_fds=True,
             start_new_session=True,
         )
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+    except (OSError, MemoryError, ValueError, subprocess.SubprocessError) as error:
         if held is not None:
             held.close()
-        raise CannotSpawn(f"cannot start {argv[0]}: {error}") from error
+        raise CannotSpawn(f"cannot start {argv[0]}: {error or 'not enough memory'}") from error
+    failpoint("gate.spawned")
     the_identity = identity(process.pid, node=placement.node, boot=boot)
     if the_identity is None:
         process.wait()
+        if held is not None:
+            held.close()
         raise CannotSpawn("the process ended at the gate")
+    failpoint("gate.identified")
     return Gated(identity=the_identity, process=process, hold=held)
 
 
@@ -313,25 +305,6 @@ def inherited(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value for name, value in environment.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
     }
-
-
-def _held_port(placement: Placement, *, hold: bool) -> socket.socket | None:
-    """Prove the port free by a bind with SO_REUSEADDR alone, then hold it. Raises CannotSpawn."""
-    address = (placement.host, placement.port)
-    family = socket.AF_INET6 if ":" in placement.host else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-        if not hold:
-            return None
-        held = socket.socket(family, socket.SOCK_STREAM)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(address)
-    except OSError as error:
-        raise CannotSpawn(f"port {placement.port} cannot be bound: {error.strerror}") from error
-    return held
 
 
 # --- ending -----------------------------------------------------------------------------------------------------------
@@ -344,15 +317,18 @@ def send_signal(target: ProcessIdentity, number: signal.Signals, *, boot: str) -
     """
     if target.boot_id != boot or target.pid in own_pids():
         return False
+    failpoint("signal.begin")
     try:
         pidfd = os.pidfd_open(target.pid)
     except ProcessLookupError:
         return False
     try:
+        failpoint("signal.opened")
         found = stat(target.pid)
         if found is None or found.start_ticks != target.start_ticks:
             return False
         signal.pidfd_send_signal(pidfd, number)
+        failpoint("signal.sent")
     except ProcessLookupError:
         return False
     finally:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sage_reconcile.core.facts import RouterFact
 from sage_reconcile.errors import Environment
-from sage_reconcile.world.state import matches, private_directory, write_whole
+from sage_reconcile.world.state import matches, private_directory, sweep, write_whole
 
 _FACT = TypeAdapter(RouterFact)
 
@@ -61,6 +61,7 @@ class RouterFile:
 
     def _sweep(self) -> None:
         """Remove what routers left behind that are no more."""
+        sweep(self._lock.parent)
         for lock in matches(self._lock.parent, "*.lock"):
             if not _is_held(lock):
                 with contextlib.suppress(OSError):
@@ -74,7 +75,7 @@ class RouterFile:
             return
         if not self._is_locked():
             self._take_lock()
-        write_whole(self._json, text)
+        write_whole(self._json, text, what="router")
         self._written = text
 
     def close(self) -> None:

@@ -1,15 +1,22 @@
 """The state directory: where it is, that it is ours alone, and files that are whole or not there at all."""
 
-import json
+import contextlib
+import errno
 import os
 import pwd
+import shutil
 import stat as file_stat
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sage_reconcile.errors import Environment
+from sage_reconcile.world.failpoints import failpoint
+
+# A plan writes a few KiB for each of its acts; a disk that has not this much left is full.
+_ROOM_BYTES = 1024 * 1024
+
+# What a file system answers that has no room, or takes nothing. Others answer that they cannot say beforehand.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def state_root(environment: Mapping[str, str]) -> Path:
@@ -45,6 +52,22 @@ def private_directory(path: Path) -> Path:
             f"cannot make the directory {path}: {error.strerror}",
             hint="set SAGE_STATE_DIR to a directory that you can write",
         ) from error
+    return _checked(path, found)
+
+
+def trusted_root(root: Path) -> Path:
+    """The state root, if it may be believed: what others could have written there is no hint. Nothing is made.
+
+    Raises Environment when it belongs to somebody else, or others may write to it.
+    """
+    try:
+        found = root.lstat()
+    except OSError:
+        return root  # Not there, or not to be read: then nothing in it is believed.
+    return _checked(root, found)
+
+
+def _checked(path: Path, found: os.stat_result) -> Path:
     if not file_stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise Environment(f"cannot use {path}: it is not a directory of yours")
     if found.st_mode & 0o022:
@@ -53,13 +76,33 @@ def private_directory(path: Path) -> Path:
 
 
 def check_writable(root: Path, project: str) -> None:
-    """Raises Environment when the state root or the project's part of it cannot be written, or is not ours alone."""
+    """Raises Environment when the state root or the project's part of it cannot be written, or is not ours alone.
+
+    Also sweeps up what a sage that died while it wrote has left.
+    """
     private_directory(root)
     for name in ("engines", "logs"):
-        write_whole(private_directory(root / project) / name / ".writable", "")
+        directory = private_directory(root / project / name)
+        sweep(directory)
+        _probe(directory / ".writable")
     for directory in matches(root, f"{project}/logs/*"):
         if directory.is_dir():
             private_directory(directory)
+
+
+def _probe(path: Path) -> None:
+    """Whether the disk takes what a plan will write, found out before anything is stopped."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            failpoint("state.probed")
+            os.posix_fallocate(descriptor, 0, _ROOM_BYTES)
+        finally:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in _FULL or not isinstance(error.errno, int) or error.filename is not None:
+            raise cannot_write(path.parent, error) from error
 
 
 def matches(root: Path, pattern: str) -> list[Path]:
@@ -70,29 +113,41 @@ def matches(root: Path, pattern: str) -> list[Path]:
         return []
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str, *, what: str) -> None:
     """Put the file in place at once: after a crash it has the old content or the new, never a part.
 
-    Raises Environment when the disk does not let it.
+    `what` names it among the failpoints. Raises Environment when the disk does not let it.
     """
     private_directory(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        failpoint(f"{what}.begin")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_synced(temporary, text, what)
             os.replace(temporary, path)
         except OSError:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
-        _sync_directory(path.parent)
+        failpoint(f"{what}.renamed")
+        sync_directory(path.parent)
+        failpoint(f"{what}.done")
     except OSError as error:
-        raise Environment(f"cannot write {path}: {error.strerror}", hint="is the disk full or read-only?") from error
+        raise cannot_write(path, error) from error
 
 
-def _sync_directory(path: Path) -> None:
+def _write_synced(path: Path, text: str, what: str) -> None:
+    """The file's bytes are on the disk when the call returns."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        failpoint(f"{what}.written")
+        os.fsync(file.fileno())
+        failpoint(f"{what}.synced")
+
+
+def sync_directory(path: Path) -> None:
+    """What was created, renamed and removed in a directory is so on the disk when the call returns."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -100,10 +155,25 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None when there is none to be read."""
+def cannot_write(path: Path, error: OSError) -> Environment:
+    """The error for a state that cannot be written."""
+    return Environment(f"cannot write {path}: {error.strerror}", hint="is the disk full or read-only?")
+
+
+def sweep(directory: Path) -> None:
+    """Remove the half-written files of processes that are no more."""
+    for path in matches(directory, ".*.tmp"):
+        pid = path.name.split(".")[-2]
+        if not Path(f"/proc/{pid}").exists():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def keep_as(path: Path, name: Path) -> None:
+    """The file has a second name too, and keeps that content when another file takes its first. Raises OSError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        os.link(path, name)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        shutil.copyfile(path, name)  # A file system without hard links.

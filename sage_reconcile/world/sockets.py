@@ -1,0 +1,117 @@
+"""Listening sockets: who has them, which ports this user may have, and a port that is held until an engine takes it.
+
+Facts come from /proc (proc(5)); nothing is judged here.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from sage_reconcile.core.facts import Gap, ListenerFact
+from sage_reconcile.world.failpoints import failpoint
+
+_LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, include/net/tcp_states.h
+_CAP_NET_BIND_SERVICE = 10  # include/uapi/linux/capability.h
+
+
+def listeners(pids: Iterable[int]) -> tuple[tuple[ListenerFact, ...], tuple[Gap, ...]]:
+    """Every listening TCP socket of this network namespace; its holders are looked for among `pids`."""
+    try:
+        rows = [row for name in ("tcp", "tcp6") for row in _listening(Path(f"/proc/net/{name}"))]
+    except OSError as error:
+        return (), (Gap(what="listeners", why=f"cannot read /proc/net/tcp: {error.strerror}"),)
+    holders: dict[int, list[int]] = {}
+    wanted = {inode for _, _, _, inode in rows}
+    for pid in pids:
+        for inode in _socket_inodes(pid) & wanted:
+            holders.setdefault(inode, []).append(pid)
+    return tuple(
+        ListenerFact(address=address, port=port, uid=uid, pids=tuple(sorted(holders.get(inode, []))))
+        for address, port, uid, inode in rows
+    ), ()
+
+
+def _listening(path: Path) -> Iterator[tuple[str, int, int, int]]:
+    """(address, port, uid, inode) of each listening socket. A machine without IPv6 has no such file."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="ascii").splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == _LISTEN:
+            address, _, port = fields[1].partition(":")
+            yield _address(address), int(port, 16), int(fields[7]), int(fields[9])
+
+
+def _address(words: str) -> str:
+    """An address of /proc/net/tcp: 32-bit words, each in the machine's byte order."""
+    raw = b"".join(int(words[start : start + 8], 16).to_bytes(4, "little") for start in range(0, len(words), 8))
+    return socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
+
+
+def lowest_port() -> int:
+    """The lowest TCP port that this user may listen on (ip_unprivileged_port_start in ip(7), CAP_NET_BIND_SERVICE)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+    capabilities = next((line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")), "0")
+    if int(capabilities, 16) & 1 << _CAP_NET_BIND_SERVICE:
+        return 1
+    return _kernel_numbers("/proc/sys/net/ipv4/ip_unprivileged_port_start", (1024,))[0]
+
+
+def client_ports() -> tuple[int, int]:
+    """The first and last port that the kernel gives to clients (ip_local_port_range in ip(7)); (0, 0) for none."""
+    first, last = _kernel_numbers("/proc/sys/net/ipv4/ip_local_port_range", (0, 0))
+    return first, last
+
+
+def _kernel_numbers(path: str, otherwise: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in Path(path).read_text(encoding="ascii").split())
+    except OSError:
+        return otherwise
+
+
+def _socket_inodes(pid: int) -> set[int]:
+    """Inodes of the sockets that a process holds; empty for one that may not be looked into."""
+    inodes = set()
+    try:
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                target = os.readlink(entry.path)
+                if target.startswith("socket:["):
+                    inodes.add(int(target[8:-1]))
+    except (PermissionError, FileNotFoundError, ProcessLookupError):
+        return inodes
+    return inodes
+
+
+def held_port(host: str, port: int, *, hold: bool) -> socket.socket | None:
+    """Prove the port free by a bind with SO_REUSEADDR alone, then hold it if so asked. Raises OSError.
+
+    The holder is bound and does not listen: it keeps away who sets neither SO_REUSEADDR nor SO_REUSEPORT.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    failpoint("port.begin")
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+    failpoint("port.proved")
+    if not hold:
+        return None
+    held = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind((host, port))
+        failpoint("port.held")
+    except OSError:
+        held.close()
+        raise
+    return held
+
+
+def is_listened_on(port: int) -> bool:
+    """Whether anybody listens on the port, at whatever address."""
+    found, _ = listeners(())
+    return any(fact.port == port for fact in found)
