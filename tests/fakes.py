@@ -40,6 +40,8 @@ class FakeHost:
     orders: list[Order] = field(default_factory=list)
     doomed: dict[ProcessIdentity, str] = field(default_factory=dict)
     healthy_at: dict[ProcessIdentity, float] = field(default_factory=dict)
+    # The signal that has come so far, asked before each round of orders.
+    stop: Callable[["FakeHost"], int] = lambda host: 0
     # Called at every look with the world, so that a test can watch each prefix.
     on_look: Callable[[ObservedState], None] = lambda world: None
 
@@ -87,6 +89,9 @@ class FakeHost:
 
     def wall_clock(self) -> float:
         return 1_000_000.0 + self.time
+
+    def stop_signal(self) -> int:
+        return self.stop(self)
 
     def wait(self, seconds: float) -> None:
         # Longer pauses than asked for keep thousands of simulated applies quick; nothing depends on their length.

@@ -1,14 +1,17 @@
 """This machine as a Host: the doors of world behind the Protocols of drive."""
 
+import contextlib
 import os
 import select
 import signal
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 
-from sage_reconcile.core.facts import Facts, HealthFact, KnownEngine, RecordFact
+from sage_reconcile.core.facts import Facts, Gap, HealthFact, KnownEngine, RecordFact
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.label import LEADER, leader_text, variables
 from sage_reconcile.core.observed import Engine, ObservedState, spec_of
@@ -16,10 +19,11 @@ from sage_reconcile.core.plan import StartEngine
 from sage_reconcile.core.progress import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
 from sage_reconcile.core.spec import EngineSpec
 from sage_reconcile.drive.observer import observe
-from sage_reconcile.errors import SageError
-from sage_reconcile.world import processes
+from sage_reconcile.errors import Environment
+from sage_reconcile.world import processes, sockets
+from sage_reconcile.world.failpoints import failpoint
 from sage_reconcile.world.journal_file import AppliedRevisions
-from sage_reconcile.world.logs import log_path, new_log
+from sage_reconcile.world.logs import cut_long_log, log_path, new_log
 from sage_reconcile.world.probes import Prober, Question
 from sage_reconcile.world.programs import models, programs
 from sage_reconcile.world.records import Records
@@ -43,12 +47,13 @@ class LocalHost:
     """One machine, looked at and acted on from inside.
 
     `answer_seconds` is how long a look waits for engines that have been asked something: a command that looks once
-    waits long, a loop looks again soon.
+    waits long, a loop looks again soon. A loop also keeps the logs of engines from growing for ever: `cuts_logs`.
     """
 
     root: Path
     lookup: Lookup = field(default_factory=Lookup)
     answer_seconds: float = 2.5
+    cuts_logs: bool = False
     boot: str = field(default_factory=processes.boot_id)
     node: str = field(default_factory=processes.node_name)
     _prober: Prober = field(default_factory=Prober)
@@ -60,6 +65,8 @@ class LocalHost:
     _known: dict[ProcessIdentity, KnownEngine] = field(default_factory=dict)
     # When each engine was last asked a request of its kind, and how long to wait until the next.
     _asked: dict[ProcessIdentity, tuple[float, float]] = field(default_factory=dict)
+    # The signal that asked for an end between two acts; 0 as long as none came.
+    _stop_signal: int = 0
 
     def __post_init__(self) -> None:
         self._applied = AppliedRevisions(self.root)
@@ -70,6 +77,9 @@ class LocalHost:
         observed = observe(self)
         self._let_go_of_ports(observed)
         self._known = {engine.leader: self._remembered(engine) for engine in observed.engines}
+        if self.cuts_logs:
+            for engine in observed.engines:
+                cut_long_log(log_path(self.root, engine.id))
         return observed
 
     def _remembered(self, engine: Engine) -> KnownEngine:
@@ -87,8 +97,8 @@ class LocalHost:
         records = Records(self.root)
         for proof in self._prober.proofs():
             records.write_proof(proof.engine, proof.leader, failure=proof.failure)
-        found, process_gaps = processes.processes(node=self.node, boot=self.boot)
-        sockets, socket_gaps = processes.listeners(fact.identity.pid for fact in found if fact.alive)
+        found, process_gaps = processes.processes(node=self.node, boot=self.boot, logs=str(self.root))
+        listeners, socket_gaps = sockets.listeners(fact.identity.pid for fact in found if fact.alive)
         # After the processes were listed: one that is not among them has ended, and its end is known.
         exits = self._children.reap()
         return Facts(
@@ -99,7 +109,9 @@ class LocalHost:
             namespace=processes.pid_namespace(),
             processes=found,
             own_pids=processes.own_pids(),
-            listeners=sockets,
+            listeners=listeners,
+            lowest_port=sockets.lowest_port(),
+            client_ports=sockets.client_ports(),
             programs=programs(self.lookup.programs),
             models=models(self.lookup.models),
             records=records.read(),
@@ -107,7 +119,7 @@ class LocalHost:
             routers=read_routers(self.root),
             exits=exits,
             applied=self._applied.read(),
-            gaps=process_gaps + socket_gaps,
+            gaps=process_gaps + socket_gaps + tuple(_newer(path) for path in records.newer()),
         )
 
     def healths(self, engines: tuple[Engine, ...]) -> tuple[HealthFact, ...]:
@@ -148,7 +160,10 @@ class LocalHost:
         return None
 
     def _spawn(self, act: StartEngine) -> Spawned:
-        """Gate, record, release: no engine runs that was not written down."""
+        """Gate, record, look once more at the port, release: no engine runs that was not written down.
+
+        Raises Environment when it cannot be written down.
+        """
         label = variables(engine=act.engine, source=act.source, written=act.written, resolved=act.resolved)
         log = log_path(self.root, act.engine)
         log_fd = new_log(log)
@@ -169,13 +184,19 @@ class LocalHost:
         released = False
         try:
             self._write_down(act, gated.identity, label, log)
+            failpoint("gate.recorded")
+            if sockets.is_listened_on(act.resolved.placement.port):
+                return Spawned(leader=None, why=f"port {act.resolved.placement.port} was taken while it was started")
             gated.release()
             released = True
-        except (processes.CannotSpawn, SageError) as error:
+        except processes.CannotSpawn as error:
             return Spawned(leader=None, why=str(error))
         finally:
             if not released:
                 gated.abandon()
+                # What never ran has not crashed. A record that stays all the same only hints at a process that is gone.
+                with contextlib.suppress(Environment):
+                    Records(self.root).forget(act.engine, gated.identity)
         self._children.add(act.engine, gated)
         self._known[gated.identity] = KnownEngine(
             leader=gated.identity, label=_whole_label(label, gated.identity), members=(gated.identity,)
@@ -215,7 +236,7 @@ class LocalHost:
         for target in targets:
             processes.send_signal(target, number, boot=self.boot)
 
-    # --- time ---
+    # --- time and signals ---
 
     def now(self) -> float:
         return time.monotonic()
@@ -236,6 +257,39 @@ class LocalHost:
         finally:
             for pidfd in pidfds:
                 os.close(pidfd)
+
+    def stop_signal(self) -> int:
+        return self._stop_signal
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, the first SIGINT or SIGTERM asks for an end between two acts; the second does what it did before."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in numbers}
+
+        def asked(number: int, _frame: FrameType | None) -> None:
+            self._stop_signal = number
+            restore()
+
+        def restore() -> None:
+            for number, disposition in before.items():
+                signal.signal(number, disposition)
+
+        # A signal that is ignored, as SIGINT is in the background of a script, stays ignored.
+        for number in numbers:
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, asked)
+        try:
+            yield
+        finally:
+            restore()
+
+
+def _newer(path: Path) -> Gap:
+    return Gap(what="records", why=f"{path} was written by a newer sage")
 
 
 def _question(engine: Engine) -> Question:

@@ -12,7 +12,9 @@ from sage_reconcile.core.runtimes import program_of
 from sage_reconcile.core.spec import is_path
 from sage_reconcile.errors import InvalidManifests, Refused, Usage
 from sage_reconcile.world import manifests
-from sage_reconcile.world.state import home, state_root
+from sage_reconcile.world.journal_file import newer_journals
+from sage_reconcile.world.records import Records, newer_state
+from sage_reconcile.world.state import home, state_root, trusted_root
 
 # The directory that is meant when no path is given.
 DEFAULT_PATH = "manifests"
@@ -46,8 +48,19 @@ def lookup(desired: DesiredState) -> Lookup:
 
 
 def local_host(desired: DesiredState | None = None, environment: Mapping[str, str] = os.environ) -> LocalHost:
-    """This machine, ready to be asked about a desired state, or just looked at."""
-    return LocalHost(root=state_root(environment), lookup=lookup(desired) if desired else Lookup())
+    """This machine, ready to be asked about a desired state, or just looked at.
+
+    Raises Environment when the state is not ours alone: it could name any process of ours as an engine.
+    """
+    root = trusted_root(state_root(environment))
+    return LocalHost(root=root, lookup=lookup(desired) if desired else Lookup())
+
+
+def refuse_newer_state(root: Path) -> None:
+    """Raises NewerState: nothing is done without what a newer sage wrote down, and nothing is written over it."""
+    found = (*Records(root).newer(), *newer_journals(root))
+    if found:
+        raise newer_state(found[0])
 
 
 def refuse_other_source(desired: DesiredState, observed: ObservedState, *, take_over: bool) -> None:

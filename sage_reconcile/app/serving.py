@@ -1,17 +1,22 @@
-"""serve: a thread that looks, and a router that is handed what it saw."""
+"""serve and up: a thread that looks, and a router that is handed what it saw."""
 
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 from sage_reconcile.app.host import LocalHost
-from sage_reconcile.app.project import local_host
+from sage_reconcile.app.project import load, local_host
+from sage_reconcile.app.verbs import ApplyOptions, Planned, Watcher, apply, down
+from sage_reconcile.app.waiting import prove
 from sage_reconcile.core.facts import RouterFact
-from sage_reconcile.core.observed import ObservedState, model_of, spec_of
-from sage_reconcile.core.progress import proof_order
+from sage_reconcile.core.observed import ObservedState
+from sage_reconcile.core.progress import ended_how
 from sage_reconcile.core.routes import routes
-from sage_reconcile.router.server import Traffic
+from sage_reconcile.drive.reconciler import Outcome
+from sage_reconcile.router.server import Traffic, bound_socket
 from sage_reconcile.router.server import serve as serve_traffic
 from sage_reconcile.world.router_files import RouterFile
 
@@ -21,21 +26,66 @@ _LOOK_SECONDS = 0.4
 
 def serve(host: str, port: int, on_ready: Callable[[str], None]) -> None:
     """One OpenAI-compatible address in front of what runs, until a signal. Raises Environment, Refused."""
-    machine = local_host()
-    machine.answer_seconds = 0.3
+    _serve_from(local_host(), bound_socket(host, port), on_ready, _say_nothing)
+
+
+def up(
+    paths: tuple[str, ...],
+    watcher: Watcher,
+    options: ApplyOptions,
+    *,
+    project: str | None,
+    port: int | None,
+    on_ready: Callable[[str], None],
+    tell: Callable[[str], None],
+    applied: Callable[[Outcome | Planned], None],
+    stopped: Callable[[Outcome], None],
+) -> None:
+    """Apply, serve until a signal comes, then stop what was applied.
+
+    `applied` is told what came of the apply, and raises when that is no reason to serve; `tell` is told when an engine
+    becomes ready or is lost meanwhile. Raises what apply, serve and down raise.
+    """
+    settings = load(paths, project).router
+    port = settings.port if port is None else port
+    # Taken before anything is started: a port that somebody else has is found out at once.
+    with bound_socket(settings.host, port) as listening:
+        machine = local_host()
+        outcome = apply(paths, watcher, replace(options, router_port=port), project=project, host=machine)
+        applied(outcome)
+        _serve_from(machine, listening, on_ready, tell)
+    for ended in down(paths, (), watcher, project=project, everything=False, host=machine):
+        stopped(ended)
+
+
+def _serve_from(
+    machine: LocalHost, listening: socket.socket, on_ready: Callable[[str], None], tell: Callable[[str], None]
+) -> None:
+    machine.answer_seconds, machine.cuts_logs = 0.3, True
     traffic = Traffic()
-    traffic.use(routes(machine.look()))
+    first = machine.look()
+    traffic.use(routes(first))
     stopping = threading.Event()
-    looking = threading.Thread(target=_look_on, args=(machine, traffic, stopping), daemon=True)
+    looking = threading.Thread(target=_look_on, args=(machine, traffic, stopping, first, tell), daemon=True)
     looking.start()
     try:
-        serve_traffic(traffic, host=host, port=port, ready=on_ready, stopping=stopping)
+        serve_traffic(traffic, listening, ready=on_ready, stopping=stopping)
     finally:
         stopping.set()
         looking.join(timeout=5)
 
 
-def _look_on(machine: LocalHost, traffic: Traffic, stopping: threading.Event) -> None:
+def _say_nothing(_sentence: str) -> None:
+    pass
+
+
+def _look_on(
+    machine: LocalHost,
+    traffic: Traffic,
+    stopping: threading.Event,
+    before: ObservedState,
+    tell: Callable[[str], None],
+) -> None:
     """Look, hand over, and say what is in flight, again and again.
 
     A look that fails, in whatever way, leaves the last table in use: the router goes on with what was proved, and drops
@@ -49,7 +99,10 @@ def _look_on(machine: LocalHost, traffic: Traffic, stopping: threading.Event) ->
                 observed = machine.look()
                 traffic.use(routes(observed))
                 mine.write(_said(observed, traffic))
-                _prove(machine, observed)
+                prove(machine, observed)
+                for sentence in _news(before, observed):
+                    tell(sentence)
+                before = observed
                 complaint = ""
             except Exception as error:  # noqa: BLE001 - the edge of a look: whatever it was, the next one must come
                 complaint = _complain(str(error), complaint)
@@ -67,13 +120,22 @@ def _said(observed: ObservedState, traffic: Traffic) -> RouterFact:
     )
 
 
-def _prove(machine: LocalHost, observed: ObservedState) -> None:
-    """Engines that were started without anybody waiting for their first answer are asked here."""
-    for engine in observed.engines:
-        spec = spec_of(engine)
-        order = proof_order(engine, spec.kind, model_of(engine)) if spec is not None else None
-        if order is not None:
-            machine.do(order)
+def _news(before: ObservedState, now: ObservedState) -> tuple[str, ...]:
+    """A sentence for each engine that is in another state than at the look before."""
+    was = {engine.leader: engine.state for engine in before.engines}
+    still = {engine.leader for engine in now.engines}
+    codes = {fact.leader: fact.code for fact in now.exits}
+    changed = [
+        f"{engine.id} is {engine.state}" + (f": {engine.reason}" if engine.reason else "")
+        for engine in now.engines
+        if was.get(engine.leader, engine.state) != engine.state
+    ]
+    gone = [
+        f"{engine.id} is gone" + (f": {ended_how(codes[engine.leader])}" if engine.leader in codes else "")
+        for engine in before.engines
+        if engine.leader not in still
+    ]
+    return tuple(changed + gone)
 
 
 def _complain(text: str, last: str) -> str:

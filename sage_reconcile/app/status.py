@@ -1,8 +1,7 @@
-"""status and logs: what runs, what should and does not, and what it says. Reads no manifest."""
+"""status, logs, wait and gpu: what runs, what should and does not, and what it says. Reads no manifest."""
 
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from sage_reconcile.core.observed import Engine, ObservedState
 from sage_reconcile.world import processes
 from sage_reconcile.world.logs import log_path, logged_engines, previous_log
 from sage_reconcile.world.state import state_root
-
-_FOLLOW_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,19 +71,3 @@ def log_file(engine: str, project: str | None, *, previous: bool) -> Path:
     known = set(logged_engines(state_root(os.environ)))
     path = log_path(state_root(os.environ), min(matching(engine, known, project)))
     return previous_log(path) if previous else path
-
-
-def followed(path: Path) -> Iterator[str]:
-    """What is written to a log from now on, for ever; a log that begins anew is followed from its start."""
-    position = path.stat().st_size if path.exists() else 0
-    while True:
-        if path.exists():
-            size = path.stat().st_size
-            position = 0 if size < position else position
-            if size > position:
-                with path.open("rb") as file:
-                    file.seek(position)
-                    text = file.read(size - position)
-                position = size
-                yield text.decode("utf-8", errors="replace")
-        time.sleep(_FOLLOW_SECONDS)

@@ -2,10 +2,18 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from sage_reconcile.app.host import LocalHost
-from sage_reconcile.app.project import load, local_host, refuse_other_source, revision
+from sage_reconcile.app.project import (
+    load,
+    local_host,
+    lookup,
+    refuse_newer_state,
+    refuse_other_source,
+    revision,
+)
 from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.observed import ObservedState, project_engines
@@ -41,68 +49,108 @@ class Watcher:
     on_beat: Callable[[Beat], None]
     # Told the plan that puts things back.
     on_restore: Callable[[Plan], None]
+    # Told a sentence about something that was found and did not stop anything.
+    note: Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyOptions:
+    """What the command line says about how an apply goes."""
+
+    prune: bool = True
+    allow_empty: bool = False
+    take_over: bool = False
+    # rollback | halt | continue
+    on_failure: str = "rollback"
+    # Replaces every engine's ready.timeout; None keeps them.
+    ready_seconds: float | None = None
+    lock_seconds: float = 0.0
+    waits: bool = True
+    # Only the plan is wanted; nothing is asked and nothing done.
+    dry_run: bool = False
+    # The port of the router that comes with it; None leaves it to the manifests.
+    router_port: int | None = None
 
 
 def plan(paths: tuple[str, ...], *, project: str | None, prune: bool = True, take_over: bool = False) -> Planned:
-    """What `apply` would do now. Touches nothing. Raises Refused for another source."""
-    desired = load(paths, project)
-    observed = local_host(desired).look()
-    refuse_other_source(desired, observed, take_over=take_over)
-    options = PlanOptions(prune=prune, take_over=take_over)
-    return Planned(plan=sound_plan(desired, observed, options), desired=desired, observed=observed)
+    """What `apply` would do now. Touches nothing. Raises Refused for another source, NewerState."""
+    return _planned(load(paths, project), local_host(), ApplyOptions(prune=prune, take_over=take_over))
 
 
 def apply(
-    paths: tuple[str, ...],
-    watcher: Watcher,
-    *,
-    project: str | None,
-    prune: bool = True,
-    allow_empty: bool = False,
-    take_over: bool = False,
-    on_failure: str = "rollback",
-    ready_seconds: float | None = None,
-    lock_seconds: float = 0.0,
+    paths: tuple[str, ...], watcher: Watcher, options: ApplyOptions, *, project: str | None, host: LocalHost
 ) -> Outcome | Planned:
-    """Make it so, or put back what was there. A plan with something blocked is returned instead, and nothing done.
+    """Make it so, or put back what was there.
 
-    Raises Refused without approval, for an empty directory, and for another source; Locked; Environment.
+    A plan with something blocked is returned instead, and nothing done; so is that of a dry run. Raises Refused without
+    approval, for an empty directory, and for another source; Locked; Environment; NewerState.
     """
     desired = load(paths, project)
-    if not desired.wanted and not allow_empty:
+    if options.router_port is not None:
+        desired = replace(desired, router=desired.router.model_copy(update={"port": options.router_port}))
+    if not desired.wanted and not options.allow_empty:
         raise Refused(
             f"cannot apply {desired.source}: it wants no engines, so all of project {desired.project} would be stopped",
             hint="if that is meant: sage down, or --allow-empty",
         )
-    with locked(lock_paths(os.environ), purpose=f"apply {desired.source}", wait_seconds=lock_seconds):
-        host = local_host(desired)
-        # Before anything is stopped: what cannot be written down must not be begun.
-        check_writable(host.root, desired.project)
-        before = host.look()
-        refuse_other_source(desired, before, take_over=take_over)
-        options = PlanOptions(prune=prune, take_over=take_over, ready_seconds=ready_seconds)
-        planned = Planned(plan=sound_plan(desired, before, options), desired=desired, observed=before)
-        if planned.plan.blocked and on_failure != "continue":
+    if options.dry_run:
+        return _planned(desired, host, options)
+    with locked(lock_paths(os.environ), purpose=f"apply {desired.source}", wait_seconds=options.lock_seconds):
+        _make_room(host.root, desired.project, watcher)
+        planned = _planned(desired, host, options)
+        if planned.plan.blocked and options.on_failure != "continue":
             return planned
         return _carried_out(
             planned,
             host,
             watcher,
-            revision=revision(desired, before),
-            on_failure=on_failure,
-            ready_seconds=ready_seconds,
+            revision=revision(desired, planned.observed),
+            on_failure=options.on_failure,
+            ready_seconds=options.ready_seconds,
         )
 
 
+def _planned(desired: DesiredState, host: LocalHost, options: ApplyOptions) -> Planned:
+    host.lookup = lookup(desired)
+    refuse_newer_state(host.root)
+    observed = host.look()
+    refuse_other_source(desired, observed, take_over=options.take_over)
+    plan_options = PlanOptions(
+        prune=options.prune,
+        take_over=options.take_over,
+        ready_seconds=options.ready_seconds,
+        waits=options.waits,
+    )
+    return Planned(plan=sound_plan(desired, observed, plan_options), desired=desired, observed=observed)
+
+
+def _make_room(root: Path, project: str, watcher: Watcher) -> None:
+    """Before anything is stopped: what cannot be written down must not be begun, and what is damaged is set aside.
+
+    Raises Environment and NewerState.
+    """
+    check_writable(root, project)
+    for told in (*Records(root).mend(project), *JournalFile(root, project).mend()):
+        watcher.note(told)
+
+
 def down(
-    paths: tuple[str, ...], ids: tuple[str, ...], watcher: Watcher, *, project: str | None, everything: bool
+    paths: tuple[str, ...],
+    ids: tuple[str, ...],
+    watcher: Watcher,
+    *,
+    project: str | None,
+    everything: bool,
+    host: LocalHost | None = None,
 ) -> tuple[Outcome, ...]:
     """Stop engines in order: those of the paths' projects, those with these ids, or all of this user's.
 
-    Needs no manifest to parse: a path's engines carry the path. Raises Refused, Usage, Locked, Environment.
+    Needs no manifest to parse: a path's engines carry the path. `host` is one that has been looked through before; None
+    makes a new one. Raises Refused, Usage, Locked, Environment, NewerState.
     """
+    host = host or local_host()
     with locked(lock_paths(os.environ), purpose="down"):
-        host = local_host()
+        refuse_newer_state(host.root)
         observed = host.look()
         asked = _asked(observed, paths, ids, project, everything=everything)
         targets = {engine.id for engine in observed.engines if asked(engine.id, engine.source)}
@@ -111,7 +159,7 @@ def down(
         gone = {engine for engine in missing if asked(engine, "")}
         outcomes = []
         for name in sorted({engine.project for engine in targets | gone}):
-            check_writable(host.root, name)
+            _make_room(host.root, name, watcher)
             planned = _without(name, targets, observed)
             applied = {fact.engine: fact.written for fact in observed.applied if fact.engine.project == name}
             left = tuple(sorted((engine, text) for engine, text in applied.items() if engine not in targets | gone))
@@ -135,20 +183,21 @@ def _carried_out(
     applied = {fact.engine: fact.written for fact in before.applied if fact.engine.project == desired.project}
     if not plan.changes and not plan.awaited and dict(revision) == applied:
         return Outcome(result="converged", plan=plan, observed=before)
-    host.answer_seconds = _LOOP_ANSWER_SECONDS
-    outcome = apply_plan(
-        plan,
-        desired,
-        before,
-        host,
-        JournalFile(host.root, desired.project),
-        revision=revision,
-        pid=os.getpid(),
-        on_failure=on_failure,
-        ready_seconds=ready_seconds,
-        on_beat=watcher.on_beat,
-        on_restore=watcher.on_restore,
-    )
+    host.answer_seconds, host.cuts_logs = _LOOP_ANSWER_SECONDS, True
+    with host.interruptible():
+        outcome = apply_plan(
+            plan,
+            desired,
+            before,
+            host,
+            JournalFile(host.root, desired.project),
+            revision=revision,
+            pid=os.getpid(),
+            on_failure=on_failure,
+            ready_seconds=ready_seconds,
+            on_beat=watcher.on_beat,
+            on_restore=watcher.on_restore,
+        )
     if outcome.result == "converged":
         _forget_the_dead(host, desired.project, {engine for engine, _ in revision})
     elif outcome.result == "restored":

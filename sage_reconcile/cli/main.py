@@ -13,6 +13,12 @@ import typer
 
 from sage_reconcile.cli import manifests, plans, serve, status
 from sage_reconcile.errors import Environment, SageError
+from sage_reconcile.world.failpoints import refuse_outside_tests
+
+# Not sage's mistake, wherever it comes up: no room on the disk, no descriptor, no process, no memory left.
+_MACHINE_IS_AT_ITS_END = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM,
+)  # fmt: skip
 
 INTERNAL, USAGE, INTERRUPTED, TERMINATED = 1, 64, 130, 143
 
@@ -27,9 +33,13 @@ app.command()(manifests.validate)
 app.command()(manifests.schema)
 app.command()(plans.plan)
 app.command()(plans.apply)
+app.command()(serve.up)
 app.command()(plans.down)
 app.command()(status.status)
+app.command()(status.wait)
 app.command()(status.logs)
+app.command()(status.gpu)
+app.command()(status.snapshot)
 app.command()(serve.serve)
 
 
@@ -81,6 +91,7 @@ def _run(arguments: list[str] | None) -> int:
             app(args=["--help"], standalone_mode=False, prog_name="sage")
         return USAGE
     try:
+        refuse_outside_tests(os.environ)
         code: Any = app(args=arguments, standalone_mode=False, prog_name="sage")
     except SageError as error:
         return _told(error.report(), error.exit_code)
@@ -90,6 +101,8 @@ def _run(arguments: list[str] | None) -> int:
         return _told("interrupted: sage status says what runs", INTERRUPTED)
     except Terminated:
         return _told("terminated: sage status says what runs", TERMINATED)
+    except MemoryError:
+        return _told("error: there is not enough memory for sage to work", Environment.exit_code)
     except BrokenPipeError:
         return 0
     except Exception as error:  # noqa: BLE001 - the edge: whatever is left is our own mistake, and no traceback is shown
@@ -100,8 +113,8 @@ def _run(arguments: list[str] | None) -> int:
 def _unexpected(error: Exception) -> int:
     if os.environ.get("SAGE_DEBUG"):
         raise error
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return _told(f"error: {error.strerror}", Environment.exit_code)
+    if isinstance(error, OSError) and error.errno in _MACHINE_IS_AT_ITS_END:
+        return _told(f"error: the machine does not let sage work: {error.strerror}", Environment.exit_code)
     return _told(
         f"error: sage itself failed: {type(error).__name__}: {error}\n"
         "  hint: this is a bug; SAGE_DEBUG=1 shows where it is",

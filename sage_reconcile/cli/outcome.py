@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from sage_reconcile.app.verbs import Planned, Watcher
 from sage_reconcile.core.plan import Plan
@@ -14,6 +15,7 @@ from sage_reconcile.errors import (
     ApplyStuck,
     Environment,
     Infeasible,
+    Interrupted,
     ObservationIncomplete,
     Refused,
     SageError,
@@ -61,10 +63,27 @@ def finish(outcome: Outcome, paint: Paint) -> None:
         if outcome.plan.changes:
             print(converged_line(outcome.plan, paint))
         return
-    message = f"{RESULTS[outcome.result]}: {_because(outcome.failures + outcome.restore_failures)}"
+    if outcome.result == "interrupted":
+        acts = f"{outcome.done} of {len(outcome.plan.acts)} acts were done"
+        hint = "sage status says what runs; sage apply goes on from there"
+        raise Interrupted(f"interrupted: {acts}", signal_number=outcome.stop_signal, hint=hint)
+    failures = outcome.failures + outcome.restore_failures
+    message = f"{RESULTS[outcome.result]}: {_because(failures)}"
+    if any(failure.environment for failure in failures):
+        raise Environment(message, hint="is the disk full or read-only?")
     if outcome.result == "restored":
         raise ApplyRestored(message)
     raise ApplyStuck(message, hint="sage status shows what runs now; sage apply tries again")
+
+
+def finish_apply(came_of_it: Outcome | Planned, paint: Paint) -> None:
+    """Say what came of an apply; a Planned was not carried out. Raises as `finish`, and for what is blocked."""
+    if isinstance(came_of_it, Planned):
+        show(came_of_it, paint)
+    else:
+        finish(came_of_it, paint)
+    if came_of_it.plan.blocked:
+        raise blocked_error(came_of_it.plan)
 
 
 def _because(failures: tuple[Failure, ...]) -> str:
@@ -89,7 +108,13 @@ class Conversation:
             approve=lambda: self._approve(question),
             on_beat=self._tell,
             on_restore=self._restore,
+            note=self.note,
         )
+
+    def note(self, sentence: str) -> None:
+        """Something to know, which stops nothing."""
+        with contextlib.suppress(OSError):
+            print(f"note: {sentence}", file=sys.stderr, flush=True)
 
     def _approve(self, question: str) -> bool:
         if self.yes:
@@ -141,7 +166,7 @@ class Conversation:
     def _log_tail(self, beat: Beat, index: int, lines: int) -> tuple[str, ...]:
         leader = beat.progress.entries[index].leader
         log = next((record.log for record in beat.observed.records if record.leader == leader), "")
-        return tail(log, lines) if log else ()
+        return tail(Path(log), lines) if log else ()
 
     def _draw(self, beat: Beat) -> None:
         lines = self._running(beat, shutil.get_terminal_size().columns - 1)

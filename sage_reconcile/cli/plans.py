@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -51,37 +52,38 @@ def apply(
     paths: Paths = None,
     project: Project = None,
     yes: Yes = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and do nothing.")] = False,
     on_failure: OnFailure = "rollback",
     no_prune: NoPrune = False,
     allow_empty: Annotated[bool, typer.Option("--allow-empty", help="Apply what wants no engines.")] = False,
     take_over: TakeOver = False,
     timeout: Timeout = None,
     lock_timeout: LockTimeout = "0s",
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="End once engines run, before they are ready.")] = False,
     color: Colour = "auto",
 ) -> None:
     """Make it so, or put back what was there."""
     from sage_reconcile.app import verbs
-    from sage_reconcile.cli.outcome import Conversation, blocked_error, finish, show
+    from sage_reconcile.app.project import local_host
+    from sage_reconcile.cli.outcome import Conversation, finish_apply
 
     chosen("--on-failure", on_failure, ("rollback", "halt", "continue"))
-    conversation = Conversation(paint=paint_for(color), live_paint=paint_for(color, to_stderr=True), yes=yes)
-    outcome = verbs.apply(
-        tuple(paths or ()),
-        conversation.watcher("Apply?"),
-        project=project,
+    paint = paint_for(color)
+    conversation = Conversation(paint=paint, live_paint=paint_for(color, to_stderr=True), yes=yes)
+    options = verbs.ApplyOptions(
         prune=not no_prune,
         allow_empty=allow_empty,
         take_over=take_over,
         on_failure=on_failure,
         ready_seconds=seconds_option("--timeout", timeout),
         lock_seconds=seconds_option("--lock-timeout", lock_timeout) or 0.0,
+        waits=not no_wait,
+        dry_run=dry_run,
     )
-    if isinstance(outcome, verbs.Planned):
-        show(outcome, paint_for(color))
-        raise blocked_error(outcome.plan)
-    finish(outcome, paint_for(color))
-    if outcome.plan.blocked:
-        raise blocked_error(outcome.plan)
+    watcher = conversation.watcher("Apply?")
+    finish_apply(verbs.apply(tuple(paths or ()), watcher, options, project=project, host=local_host()), paint)
+    if dry_run:
+        print("dry run: nothing was done", file=sys.stderr)
 
 
 def down(

@@ -1,9 +1,15 @@
-"""`sage serve`: the router."""
+"""`sage serve` and `sage up`: the router, alone or after an apply."""
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from sage_reconcile.cli.options import Colour, Paths, Project, Yes, paint_for, seconds_option
+
+if TYPE_CHECKING:
+    from sage_reconcile.app.verbs import Planned
+    from sage_reconcile.drive.reconciler import Outcome
 
 
 def serve(
@@ -17,3 +23,44 @@ def serve(
         print(f"serving {url}/v1 (Ctrl-C drains and stops)", file=sys.stderr, flush=True)
 
     serve_here(host, port, listening)
+
+
+def up(
+    paths: Paths = None,
+    project: Project = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The router's port; default: sage.yaml's, else 8000.")
+    ] = None,
+    yes: Yes = False,
+    timeout: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="How long an engine may take to be ready.")
+    ] = None,
+    color: Colour = "auto",
+) -> None:
+    """Apply, then serve in the foreground. Ctrl-C lets running requests finish and stops the engines."""
+    from sage_reconcile.app.serving import up as up_here
+    from sage_reconcile.app.verbs import ApplyOptions
+    from sage_reconcile.cli.outcome import Conversation, finish, finish_apply
+
+    paint = paint_for(color)
+    conversation = Conversation(paint=paint, live_paint=paint_for(color, to_stderr=True), yes=yes)
+
+    def listening(url: str) -> None:
+        # Whoever says yes to this has said yes to the stop that ends it.
+        conversation.yes = True
+        print(f"serving {url}/v1 (Ctrl-C drains, and stops the engines)", file=sys.stderr, flush=True)
+
+    def applied(came_of_it: "Outcome | Planned") -> None:
+        finish_apply(came_of_it, paint)
+
+    up_here(
+        tuple(paths or ()),
+        conversation.watcher("Apply?"),
+        ApplyOptions(ready_seconds=seconds_option("--timeout", timeout)),
+        project=project,
+        port=port,
+        on_ready=listening,
+        tell=conversation.note,
+        applied=applied,
+        stopped=lambda outcome: finish(outcome, paint),
+    )

@@ -1,15 +1,20 @@
-"""`sage status` and `sage logs`."""
+"""`sage status`, `sage logs`, `sage wait`, `sage gpu` and `sage snapshot`: what is, without a plan."""
 
 import json
 import sys
+import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sage_reconcile.cli.options import Colour, Project, chosen, paint_for
+from sage_reconcile.cli.options import Colour, Paths, Project, chosen, paint_for, seconds_option
 from sage_reconcile.errors import Environment
 
 _NOT_AS_WANTED = 2
+
+# How often a log that is followed is looked at.
+_FOLLOW_SECONDS = 0.2
 
 
 def status(
@@ -45,15 +50,58 @@ def logs(
     previous: Annotated[bool, typer.Option("--previous", help="The log of the process before this one.")] = False,
 ) -> None:
     """Show what an engine has said."""
-    from sage_reconcile.app.status import followed, log_file
-    from sage_reconcile.world.logs import tail
+    from sage_reconcile.app.status import log_file
+    from sage_reconcile.world.logs import followed, tail
 
     path = log_file(engine, project, previous=previous)
     if not path.exists() and not follow:
         raise Environment(f"there is no log {path}", hint="the engine was not started with this state directory")
-    for line in tail(str(path), lines):
+    for line in tail(path, lines):
         print(line)
     if follow:
-        for text in followed(path):
+        for text in followed(path, pause=lambda: time.sleep(_FOLLOW_SECONDS)):
             sys.stdout.write(text)
             sys.stdout.flush()
+
+
+def wait(
+    engines: Annotated[list[str], typer.Argument(metavar="ID...")],
+    goal: Annotated[str, typer.Option("--for", metavar="ready|stopped", help="What to wait for.")] = "ready",
+    timeout: Annotated[str, typer.Option(metavar="DURATION", help="How long to wait.")] = "10m",
+    project: Project = None,
+) -> None:
+    """Wait until engines are ready, or stopped."""
+    from sage_reconcile.app.waiting import wait as wait_here
+
+    chosen("--for", goal, ("ready", "stopped"))
+    wait_here(tuple(engines), project=project, goal=goal, limit_seconds=seconds_option("--timeout", timeout) or 0.0)
+
+
+def gpu(
+    output: Annotated[str, typer.Option("-o", "--output", metavar="text|json")] = "text",
+) -> None:
+    """Show the GPUs. This version observes none."""
+    from sage_reconcile.app.project import local_host
+    from sage_reconcile.render.status_text import gpu_json, gpu_text
+
+    chosen("-o", output, ("text", "json"))
+    observed = local_host().look()
+    print(json.dumps(gpu_json(observed), indent=2) if output == "json" else gpu_text(observed))
+
+
+def snapshot(
+    paths: Paths = None,
+    project: Project = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="Write it to this file.")] = None,
+) -> None:
+    """Write down what is seen on this machine, and what the manifests of the paths would need of it."""
+    from sage_reconcile.app.waiting import snapshot as look
+
+    text = look(tuple(paths or ()), project)
+    if out is None:
+        print(text)
+        return
+    try:
+        Path(out).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise Environment(f"cannot write {out}: {error.strerror}") from error

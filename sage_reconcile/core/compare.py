@@ -66,6 +66,7 @@ def compared(desired: DesiredState, observed: ObservedState, options: PlanOption
             changes.append(replace(change, stops=(*leftovers, *change.stops)))
             continue
         changes += [_stop(engine, "duplicate", "a second process of the same engine") for engine in leftovers]
+    notes += [f"{engine.id} {engine.exposed}" for engine in unchanged if engine.exposed]
     unwanted = [engine for the_id, engines in running.items() if the_id not in wanted_ids for engine in engines]
     in_scope = [engine for engine in unwanted if _pruned(engine.id, desired, options)]
     if gap := _gap(observed):

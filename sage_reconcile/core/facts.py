@@ -19,10 +19,14 @@ class ProcessFact:
     argv: tuple[str, ...]
     # The SAGE_* variables of its environment; None when the environment could not be read.
     label: tuple[tuple[str, str], ...] | None = ()
+    threads: int = 1
+    # The log files of sage's engines that its output goes to.
+    output: tuple[str, ...] = ()
 
     @property
     def alive(self) -> bool:
-        return self.status not in ("Z", "X", "x")
+        """A process whose first thread has ended shows as a zombie while others of its threads still run."""
+        return self.status not in ("Z", "X", "x") or (self.status == "Z" and self.threads > 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +166,10 @@ class Facts:
     # sage itself and its ancestors: never members of an engine.
     own_pids: tuple[int, ...] = ()
     listeners: tuple[ListenerFact, ...] = ()
+    # The lowest TCP port that this user may listen on.
+    lowest_port: int = 1
+    # The first and last port that the kernel gives to clients; (0, 0) for none.
+    client_ports: tuple[int, int] = (0, 0)
     programs: tuple[ProgramFact, ...] = ()
     models: tuple[ModelFact, ...] = ()
     healths: tuple[HealthFact, ...] = ()

@@ -12,8 +12,10 @@ class Signs:
     host: str
     port: int
     model: str
-    # Ports that its members listen on.
+    # Ports on which its members answer at its host.
     listens_on: tuple[int, ...]
+    # "address:port" of every socket that its members listen on.
+    listens_at: tuple[str, ...]
     # A sentence about whoever else listens on its port; empty when nobody does.
     intruder: str
     # As facts.HealthFact; "unasked" when no answer is known yet.
@@ -49,9 +51,8 @@ def state(signs: Signs) -> tuple[str, str]:
         return not_yet, signs.intruder
     # (4)
     if signs.port not in signs.listens_on:
-        elsewhere = ", ".join(str(port) for port in signs.listens_on)
-        if elsewhere:
-            return not_yet, f"listens on port {elsewhere}, not on its port {signs.port}"
+        if signs.listens_at:
+            return not_yet, f"listens on {', '.join(signs.listens_at)}, not on {signs.host}:{signs.port}"
         return not_yet, f"does not listen on {signs.host}:{signs.port}" + ("" if signs.proved else " yet")
     # (5)
     if signs.health != "ok":

@@ -64,7 +64,10 @@ class Engine:
     # Whether what happened to the process since its start is on record.
     has_record: bool = False
     health: str = "unasked"
+    # The ports on which it answers at its own address.
     listens_on: tuple[int, ...] = ()
+    # A sentence about sockets of it that other machines reach; empty when there are none.
+    exposed: str = ""
     in_flight: int = 0
     # Epoch seconds; 0 when not known.
     started_at: float = 0.0
@@ -81,8 +84,10 @@ class Foreign:
     user: str
     kind: str
     model: str
-    # None when its command line names none.
+    # None when neither its command line nor a socket names one.
     port: int | None
+    # What ties it to an engine of ours without proving it ours; empty when nothing does.
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +113,8 @@ class ObservedState:
     engines: tuple[Engine, ...] = ()
     foreign: tuple[Foreign, ...] = ()
     listeners: tuple[Listener, ...] = ()
+    lowest_port: int = 1
+    client_ports: tuple[int, int] = (0, 0)
     programs: tuple[ProgramFact, ...] = ()
     models: tuple[ModelFact, ...] = ()
     records: tuple[RecordFact, ...] = ()
@@ -173,6 +180,8 @@ def assemble(facts: Facts) -> ObservedState:
         engines=tuple(sorted(engines, key=lambda engine: (engine.id, engine.leader))),
         foreign=_foreign(processes, set(engine_of) | set(facts.own_pids), facts.listeners),
         listeners=_listeners(facts, processes, engine_of),
+        lowest_port=facts.lowest_port,
+        client_ports=facts.client_ports,
         programs=tuple(sorted(facts.programs, key=lambda program: program.name)),
         models=tuple(sorted(facts.models, key=lambda model: model.model)),
         records=tuple(sorted(facts.records, key=lambda record: (record.engine, record.leader))),
@@ -262,6 +271,8 @@ def _engine(leader: ProcessIdentity, processes: list[ProcessFact], label: Label,
     pids = {fact.identity.pid for fact in processes}
     health_fact = next((fact for fact in facts.healths if fact.leader == leader), None)
     first = sorted(processes, key=lambda fact: (fact.identity != leader, fact.identity))
+    sockets = [fact for fact in facts.listeners if pids & set(fact.pids)]
+    host = resolved.placement.host
     engine = Engine(
         id=label.engine,
         source=record.source if record and record.source else label.source,
@@ -276,7 +287,8 @@ def _engine(leader: ProcessIdentity, processes: list[ProcessFact], label: Label,
         or any(known.proved for known in facts.known if known.leader == leader),
         has_record=record is not None and record.from_start,
         health=health_fact.health if health_fact else "unasked",
-        listens_on=tuple(sorted({fact.port for fact in facts.listeners if pids & set(fact.pids)})),
+        listens_on=tuple(sorted({fact.port for fact in sockets if _answers_at(fact.address, host)})),
+        exposed=_exposed(sockets),
         in_flight=sum(count for router in facts.routers for key, count in router.in_flight if key == leader),
         started_at=record.started_at if record else 0.0,
         restarts=record.restarts if record else 0,
@@ -289,6 +301,7 @@ def _engine(leader: ProcessIdentity, processes: list[ProcessFact], label: Label,
         port=resolved.placement.port,
         model=model_of(engine),
         listens_on=engine.listens_on,
+        listens_at=tuple(sorted({_socket_name(fact) for fact in sockets})),
         intruder=_intruder(resolved.placement.port, pids, facts),
         health=engine.health,
         health_detail=health_fact.detail if health_fact else "",
@@ -301,6 +314,26 @@ def _engine(leader: ProcessIdentity, processes: list[ProcessFact], label: Label,
     )
     state, reason = health.state(signs)
     return replace(engine, state=state, reason=reason)
+
+
+# Every address of the machine, in either family.
+_EVERYWHERE = ("0.0.0.0", "::")
+
+
+def _answers_at(address: str, host: str) -> bool:
+    """Whether a socket that is bound to an address answers at the host's."""
+    return address.removeprefix("::ffff:") == host or address in _EVERYWHERE
+
+
+def _exposed(sockets: Iterable[ListenerFact]) -> str:
+    open_to_all = sorted({_socket_name(fact) for fact in sockets if fact.address in _EVERYWHERE})
+    if not open_to_all:
+        return ""
+    return f"listens on {', '.join(open_to_all)}: other machines may reach it, past the router and without a key"
+
+
+def _socket_name(fact: ListenerFact) -> str:
+    return f"[{fact.address}]:{fact.port}" if ":" in fact.address else f"{fact.address}:{fact.port}"
 
 
 def _overlaid(written: str, record: RecordFact | None) -> str:
@@ -357,7 +390,7 @@ def _listeners(
 def _foreign(
     processes: tuple[ProcessFact, ...], not_foreign: set[int], listeners: tuple[ListenerFact, ...]
 ) -> tuple[Foreign, ...]:
-    """Engines started by somebody else.
+    """Engines started by somebody else, and what engines of ours left behind that is no longer provably theirs.
 
     A wrapper and its child, or a server and its workers, are one engine: shown is the process that listens, else the
     one that was started last.
@@ -377,7 +410,7 @@ def _foreign(
         max(family, key=lambda fact: (fact.identity.pid in listening, fact.identity.start_ticks))
         for family in families.values()
     ]
-    return tuple(
+    recognised = [
         Foreign(
             pid=fact.identity.pid,
             name=_program_name(fact.argv),
@@ -386,6 +419,20 @@ def _foreign(
             model=_shown(engine.model),
             port=engine.port,
         )
-        for fact in sorted(shown, key=lambda fact: fact.identity.pid)
+        for fact in shown
         if (engine := seen[fact.identity.pid]) is not None
-    )
+    ]
+    left_behind = [
+        Foreign(
+            pid=fact.identity.pid,
+            name=_program_name(fact.argv),
+            user=fact.user,
+            kind="?",
+            model="?",
+            port=min((socket.port for socket in listeners if fact.identity.pid in socket.pids), default=None),
+            note=f"its output goes to {fact.output[0]}, and nothing else proves that it is an engine's",
+        )
+        for fact in processes
+        if fact.output and fact.identity.pid in seen and seen[fact.identity.pid] is None
+    ]
+    return tuple(sorted([*recognised, *left_behind], key=lambda foreign: foreign.pid))

@@ -78,6 +78,12 @@ def _port(
     # (1)
     if isinstance(wanted.spec.port, int):
         holder = taken.ports.get(wanted.spec.port)
+        if wanted.spec.port < observed.lowest_port:
+            return Refusal(
+                reason="port_forbidden",
+                why=f"port {wanted.spec.port} is below {observed.lowest_port}, where this user may not listen",
+                would_help=("port: auto", f"a port from {observed.lowest_port} on"),
+            )
         if holder is None:
             return wanted.spec.port
         return Refusal(
@@ -86,6 +92,7 @@ def _port(
             would_help=("port: auto", f"end {holder}"),
         )
     pool = ports_of(getattr(desired.ports, wanted.spec.kind))
+    pool = tuple(port for port in pool if port >= observed.lowest_port)
     free = [port for port in pool if port not in taken.ports and port not in taken.asked_ports]
     # (2), (3)
     for port in _earlier_ports(wanted, observed, predecessor):

@@ -156,6 +156,8 @@ class PlanOptions:
     take_over: bool = False
     # Replaces every engine's ready.timeout; None keeps them.
     ready_seconds: float | None = None
+    # Whether a start is done only once its engine is ready; what others depend on is waited for all the same.
+    waits: bool = True
 
 
 def after(act: Act, observed: ObservedState) -> ObservedState:

@@ -117,7 +117,7 @@ def _pass(desired: DesiredState, observed: ObservedState, options: PlanOptions) 
         changes = [change for change in changes if change.id not in {blocked.engine for blocked in refusals}]
     # (3)
     steps, drafts = _drafted([*found.updates, *changes], placed, desired, observed, options)
-    awaited = _all_awaited(found, options)
+    acts, awaited = _with_needs(ordered_acts(drafts), _all_awaited(found, options), desired, options)
     blocked_ids = {blocked.engine for blocked in refused}
     stays_blocked = {engine.id for engine in project_engines(observed, desired.project) if engine.id in blocked_ids}
     return Plan(
@@ -125,14 +125,25 @@ def _pass(desired: DesiredState, observed: ObservedState, options: PlanOptions) 
         source=desired.source,
         digest=desired.digest,
         steps=steps,
-        acts=tuple(_with_needs(act, awaited, desired) for act in ordered_acts(drafts)),
+        acts=acts,
         awaited=awaited,
         blocked=tuple(sorted(refused, key=lambda blocked: blocked.engine)),
         drift=drift_of(observed, desired),
-        notes=found.notes,
+        notes=(*found.notes, *_port_notes(placed, observed)),
         unchanged=tuple(engine.id for engine in found.unchanged),
         kept=tuple(sorted(stays_blocked.union(found.kept))),
         desired=tuple((wanted.id, written(wanted)) for wanted in in_order(desired)),
+    )
+
+
+def _port_notes(placed: Mapping[EngineId, Placement], observed: ObservedState) -> tuple[str, ...]:
+    """Ports that the kernel may give to any client while their engine does not listen (ip_local_port_range)."""
+    first, last = observed.client_ports
+    return tuple(
+        f"{engine}: port {place.port} is one of those that the kernel gives to clients ({first}-{last}); sage holds it "
+        "while the engine starts, but another program may get it while the engine is down"
+        for engine, place in sorted(placed.items())
+        if first <= place.port <= last
     )
 
 
@@ -166,13 +177,24 @@ def _all_awaited(found: Comparison, options: PlanOptions) -> tuple[Awaited, ...]
     )
 
 
-def _with_needs(act: Act, awaited: tuple[Awaited, ...], desired: DesiredState) -> Act:
-    """A start with the awaited engines that its engine depends on."""
-    if not isinstance(act, StartEngine):
-        return act
-    depends_on = next(wanted.depends_on for wanted in desired.wanted if wanted.id == act.engine)
-    names = {task.leader: f"{task.engine.stack}/{task.engine.name}" for task in awaited}
-    return replace(act, needs=tuple(leader for leader, name in names.items() if name in depends_on))
+def _with_needs(
+    acts: tuple[Act, ...], awaited: tuple[Awaited, ...], desired: DesiredState, options: PlanOptions
+) -> tuple[tuple[Act, ...], tuple[Awaited, ...]]:
+    """Each start with the awaited engines that its engine depends on, and the engines that are awaited at all."""
+    depends_on = {wanted.id: wanted.depends_on for wanted in desired.wanted}
+    needing = tuple(
+        replace(
+            act,
+            needs=tuple(
+                task.leader for task in awaited if f"{task.engine.stack}/{task.engine.name}" in depends_on[act.engine]
+            ),
+        )
+        if isinstance(act, StartEngine)
+        else act
+        for act in acts
+    )
+    needed = {leader for act in needing if isinstance(act, StartEngine) for leader in act.needs}
+    return needing, tuple(task for task in awaited if options.waits or task.leader in needed)
 
 
 def _awaited(engine: Engine, options: PlanOptions) -> Awaited:
@@ -363,10 +385,18 @@ def _start(
         model=served_model(spec),
         health_path=spec.ready.path,
         ready_seconds=spec.ready.timeout if options.ready_seconds is None else options.ready_seconds,
-        waits=wanted.pin is None or wanted.pin.ready,
+        waits=_waits(wanted, desired, options),
         needs=(),
         hold=runtime.hold,
     )
+
+
+def _waits(wanted: Wanted, desired: DesiredState, options: PlanOptions) -> bool:
+    """Whether the start is done only once the engine is ready."""
+    if wanted.pin is not None:
+        return wanted.pin.ready
+    name = f"{wanted.id.stack}/{wanted.id.name}"
+    return options.waits or any(name in other.depends_on for other in desired.wanted)
 
 
 def _resolved(wanted: Wanted, place: Placement, observed: ObservedState) -> Resolved:

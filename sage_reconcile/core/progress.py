@@ -108,6 +108,8 @@ class ActProgress:
     leader: ProcessIdentity | None = None
     # Why it failed.
     why: str = ""
+    # Whether it failed because the machine does not let sage work, as with a full disk.
+    environment: bool = False
 
     @property
     def ended(self) -> bool:
@@ -143,9 +145,9 @@ def finished(plan: Plan, progress: Progress) -> bool:
     return all(entry.ended or _cannot_begin(plan, progress, index) for index, entry in enumerate(progress.entries))
 
 
-def failed(progress: Progress, index: int, why: str) -> Progress:
-    """The progress after an order could not be carried out."""
-    return _with(progress, index, replace(progress.entries[index], phase="failed", why=why))
+def failed(progress: Progress, index: int, why: str, *, environment: bool = False) -> Progress:
+    """The progress after an order could not be carried out; `environment` as in ActProgress."""
+    return _with(progress, index, replace(progress.entries[index], phase="failed", why=why, environment=environment))
 
 
 def spawned(progress: Progress, index: int, result: Spawned) -> Progress:
@@ -321,15 +323,23 @@ def _failure(the_id: EngineId, leader: ProcessIdentity, engine: Engine | None, o
     """Why the engine will never be ready; empty while it may."""
     exit_fact = next((fact for fact in observed.exits if (fact.engine, fact.leader) == (the_id, leader)), None)
     if exit_fact is not None:
-        ended = (
-            f"exited with code {exit_fact.code}" if exit_fact.code >= 0 else f"was ended by signal {-exit_fact.code}"
-        )
-        return f"{ended} before it was ready"
+        return f"{ended_how(exit_fact.code)} before it was ready"
     if engine is None:
         return f"pid {leader.pid} was gone before it was ready"
     if not engine.leader_alive:
         return f"its first process, pid {leader.pid}, was gone before it was ready"
     return ""
+
+
+# What the gate's shell ends with when it cannot become the program (POSIX.1-2017, Shell Command Language 2.8.2).
+_NOT_STARTED = {126: ", as where a program cannot be executed here", 127: ", as where a program is not found"}
+
+
+def ended_how(code: int) -> str:
+    """How a process ended, from its exit code; negative is minus a signal's number."""
+    if code < 0:
+        return f"was ended by signal {-code}"
+    return f"exited with code {code}{_NOT_STARTED.get(code, '')}"
 
 
 def proof_order(engine: Engine, kind: str, model: str) -> Prove | None:

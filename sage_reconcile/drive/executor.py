@@ -11,7 +11,7 @@ from sage_reconcile.core.journal import ActBegun, ActDone, ActFailed, Entry
 from sage_reconcile.core.observed import ObservedState
 from sage_reconcile.core.plan import Act, Plan
 from sage_reconcile.core.progress import Order, Progress, Spawned, advance, begin, failed, finished, spawned
-from sage_reconcile.errors import SageError
+from sage_reconcile.errors import Environment, SageError
 
 # How long the loop waits between two looks, in seconds. Signals and exits end the wait sooner.
 PAUSE_SECONDS = 0.1
@@ -34,6 +34,9 @@ class Host(Protocol):
 
     def wait(self, seconds: float) -> None:
         """Let that much time pass, or less when something happened."""
+
+    def stop_signal(self) -> int:
+        """The number of the signal that asks for an end between two acts; 0 as long as none came."""
 
 
 class Journal(Protocol):
@@ -65,6 +68,8 @@ class Executed:
     progress: Progress
     observed: ObservedState
     failures: tuple[tuple[int, str], ...]
+    # The signal that ended it before its end; 0 when none did.
+    stop_signal: int = 0
 
 
 def execute(
@@ -75,19 +80,23 @@ def execute(
     keep_going: bool = False,
     on_beat: Callable[[Beat], None] = lambda beat: None,
 ) -> Executed:
-    """Carry out a plan to its end, or until an act failed and what was begun is settled."""
+    """Carry out a plan to its end, until an act failed and what was begun is settled, or until asked to stop.
+
+    Asked to stop, it gives no further order: what was begun is left as it is, and the next plan goes on from there.
+    """
     progress = begin(plan, keep_going=keep_going)
     started_at = host.now()
-    while True:
-        observed = host.look()
+    observed = host.look()
+    while not (stop_signal := host.stop_signal()):
         progress = _step(plan, progress, observed, host, journal)
         now = host.now()
         on_beat(Beat(plan=plan, progress=progress, observed=observed, now=now, elapsed_seconds=now - started_at))
         if finished(plan, progress):
             break
         host.wait(PAUSE_SECONDS)
+        observed = host.look()
     failures = tuple((index, progress.entries[index].why) for index in progress.failures)
-    return Executed(progress=progress, observed=observed, failures=failures)
+    return Executed(progress=progress, observed=observed, failures=failures, stop_signal=stop_signal)
 
 
 def _step(plan: Plan, progress: Progress, observed: ObservedState, host: Host, journal: Journal) -> Progress:
@@ -107,7 +116,7 @@ def _step(plan: Plan, progress: Progress, observed: ObservedState, host: Host, j
             result = host.do(order)
         except SageError as error:
             # The machine did not let it: the act has failed, and what to do about that is decided as ever.
-            progress = failed(progress, index, error.message)
+            progress = failed(progress, index, error.message, environment=isinstance(error, Environment))
             continue
         if isinstance(result, Spawned):
             progress = spawned(progress, index, result)

@@ -19,6 +19,8 @@ class Failure:
 
     engine: EngineId
     why: str
+    # Whether the machine did not let sage work, as with a full disk.
+    environment: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +28,8 @@ class Outcome:
     """What came of an apply.
 
     converged: all acts done. restored: an act failed, and what ran before runs again. stuck: it failed, and not
-    everything could be put back. halted: it failed, and was left as it is, as asked for.
+    everything could be put back. halted: it failed, and was left as it is, as asked for. interrupted: a signal ended it
+    between two acts, and nothing was put back.
     """
 
     result: str
@@ -36,6 +39,10 @@ class Outcome:
     restore: Plan | None = None
     restore_failures: tuple[Failure, ...] = ()
     observed: ObservedState
+    # How many acts of the last plan were done.
+    done: int = 0
+    # The signal that interrupted it; 0 when none did.
+    stop_signal: int = 0
 
 
 class UnsoundPlan(AssertionError):
@@ -107,6 +114,8 @@ def _outcome(
     # (1)
     done = execute(plan, host, journal, keep_going=on_failure == "continue", on_beat=on_beat)
     failures = _failures(plan, done)
+    if done.stop_signal:
+        return _interrupted(plan, done, failures)
     if not failures or on_failure != "rollback":
         return Outcome(
             result="halted" if failures else "converged", plan=plan, failures=failures, observed=done.observed
@@ -118,6 +127,8 @@ def _outcome(
     on_restore(restore)
     journal.append(RestoreBegun(at=host.wall_clock(), acts=tuple(act_sentence(act) for act in restore.acts)))
     restored = execute(restore, host, journal, on_beat=on_beat)
+    if restored.stop_signal:
+        return _interrupted(restore, restored, failures)
     # (3)
     restore_failures = _failures(restore, restored)
     left = sound_plan(target, host.look(), options)
@@ -131,6 +142,21 @@ def _outcome(
     )
 
 
+def _interrupted(plan: Plan, done: Executed, failures: tuple[Failure, ...]) -> Outcome:
+    ended = sum(entry.phase == "done" for entry in done.progress.entries[: len(plan.acts)])
+    return Outcome(
+        result="interrupted",
+        plan=plan,
+        failures=failures,
+        observed=done.observed,
+        done=ended,
+        stop_signal=done.stop_signal,
+    )
+
+
 def _failures(plan: Plan, done: Executed) -> tuple[Failure, ...]:
     tasks = (*plan.acts, *plan.awaited)
-    return tuple(Failure(engine=tasks[index].engine, why=why) for index, why in done.failures)
+    return tuple(
+        Failure(engine=tasks[index].engine, why=why, environment=done.progress.entries[index].environment)
+        for index, why in done.failures
+    )

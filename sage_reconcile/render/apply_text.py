@@ -39,7 +39,8 @@ def ended_lines(
         case StartEngine():
             pid = entry.leader.pid if entry.leader else "?"
             port = task.resolved.placement.port
-            return [f"  {paint('green', 'ready')}    {task.engine}  pid {pid}  port {port}  {took}"]
+            word = "ready" if task.waits else "started"
+            return [f"  {paint('green', word)}{' ' * (9 - len(word))}{task.engine}  pid {pid}  port {port}  {took}"]
         case Awaited():
             return [f"  {paint('green', 'ready')}    {task.engine}  pid {task.leader.pid}  {took}"]
 
@@ -49,6 +50,7 @@ RESULTS: Mapping[str, str] = {
     "restored": "the apply failed, and what ran before runs again",
     "stuck": "the apply failed, and not everything could be put back",
     "halted": "the apply failed, and was left as it is",
+    "interrupted": "the apply was interrupted",
 }
 
 

@@ -51,6 +51,7 @@ def status_text(
     else:
         head = ("ENGINE", "STATE", "KIND", "MODEL", "PORT", "PID", "UP", "REASON")
         lines = _painted(columns([head, *sorted(rows)]), paint)
+    lines += [f"note: {engine.id} {engine.exposed}" for engine in engines if engine.exposed]
     lines += _foreign(observed)
     lines += [f"cannot see: {gap.what}: {gap.why}" for gap in observed.gaps]
     if missing:
@@ -91,7 +92,9 @@ def _foreign(observed: ObservedState) -> list[str]:
         (str(foreign.pid), foreign.user, foreign.kind, foreign.model, str(foreign.port or "-"), foreign.name)
         for foreign in observed.foreign
     ]
-    return ["", "not ours:", *columns([("PID", "USER", "KIND", "MODEL", "PORT", "PROGRAM"), *rows], indent="  ")]
+    notes = [f"  note: pid {foreign.pid}: {foreign.note}" for foreign in observed.foreign if foreign.note]
+    table = columns([("PID", "USER", "KIND", "MODEL", "PORT", "PROGRAM"), *rows], indent="  ")
+    return ["", "not ours:", *table, *notes]
 
 
 def status_json(
@@ -117,6 +120,7 @@ def status_json(
                 "model": foreign.model,
                 "port": foreign.port,
                 "devices": {},
+                "note": foreign.note,
             }
             for foreign in observed.foreign
         ],
@@ -140,7 +144,7 @@ def _engine(engine: Engine, applied: dict[Any, str], uptimes: dict[int, float]) 
         "model": model_of(engine),
         "label": spec.label if spec else None,
         "state": engine.state,
-        "reason": engine.reason,
+        "reason": engine.reason or engine.exposed,
         "pid": engine.leader.pid if engine.leader_alive else None,
         "members": [process.pid for process in engine.members],
         "node": place.node,
@@ -182,4 +186,21 @@ def _missing(applied: AppliedFact, record: RecordFact | None, observed: Observed
         "uptime_seconds": 0.0,
         "restarts": record.restarts if record else 0,
         "log": record.log if record and record.log else None,
+    }
+
+
+def gpu_text(observed: ObservedState) -> str:
+    """The devices, for a reader."""
+    if not observed.devices:
+        return f"no GPU is observed on {observed.node}: this version of sage does not look for any"
+    return "\n".join(f"gpu{device.index}  {device.name}  {device.uuid}" for device in observed.devices)
+
+
+def gpu_json(observed: ObservedState) -> dict[str, Any]:
+    """The devices, for a program."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "observed_at": timestamp(observed.taken_at),
+        "devices": [],
+        "gaps": [{"what": gap.what, "why": gap.why} for gap in observed.gaps],
     }

@@ -22,38 +22,43 @@ log = logging.getLogger(__name__)
 # How often the loop looks whether another thread asked it to stop, or the last request ended, in seconds.
 LOOK_SECONDS = 0.05
 
-__all__ = ["Limits", "Traffic", "make_app", "serve"]
+__all__ = ["Limits", "Traffic", "bound_socket", "make_app", "serve"]
 
 
 def serve(
     traffic: Traffic,
+    listening: socket.socket,
     *,
-    host: str,
-    port: int,
     ready: Callable[[str], None],
     stopping: threading.Event,
     limits: Limits | None = None,
 ) -> None:
-    """Serve until `stopping` is set, or SIGINT or SIGTERM comes when this is the main thread.
+    """Serve on a bound socket until `stopping` is set, or SIGINT or SIGTERM comes when this is the main thread.
 
-    Calls `ready` with the address once it listens; port 0 takes any free port. When it stops it accepts nothing more,
-    gives running requests `drain_seconds`, and a second signal ends them at once.
+    Calls `ready` with the address once it listens. When it stops it accepts nothing more, gives running requests
+    `drain_seconds`, and a second signal ends them at once; the socket is closed. Raises errors.Environment when
+    somebody else listens on the port by now.
+    """
+    with listening:
+        try:
+            listening.listen(BACKLOG)
+        except OSError as error:
+            host, port = listening.getsockname()[:2]
+            raise _cannot_serve(host, port, error) from error
+        asyncio.run(_serve(traffic, listening, ready, stopping, limits or Limits()))
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket for `serve`, that does not listen yet; port 0 takes any free port.
+
     Raises errors.Refused for a host beyond loopback, errors.Environment when the port cannot be had.
     """
-    kept = limits or Limits()
     if not is_loopback(host):
         raise errors.Refused(
             f"cannot serve on {host}: beyond this machine clients need a key, and keys are not served yet",
             hint="serve on 127.0.0.1, and reach it from elsewhere through ssh -L",
         )
-    listening = _bind("127.0.0.1" if host == "localhost" else host, port)
-    try:
-        asyncio.run(_serve(traffic, listening, ready, stopping, kept))
-    finally:
-        listening.close()
-
-
-def _bind(host: str, port: int) -> socket.socket:
+    host = "127.0.0.1" if host == "localhost" else host
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -61,19 +66,22 @@ def _bind(host: str, port: int) -> socket.socket:
         # Accepted connections inherit it.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
         listening.bind((host, port))
-        listening.listen(BACKLOG)
         listening.setblocking(False)
     except OSError as error:
         listening.close()
-        if error.errno == errno.EADDRINUSE:
-            raise errors.Environment(
-                f"cannot serve on {host}:{port}: another program listens there",
-                hint="stop that program, or serve elsewhere with --port",
-            ) from error
-        raise errors.Environment(
-            f"cannot serve on {host}:{port}: {error.strerror}", hint="choose another port with --port"
-        ) from error
+        raise _cannot_serve(host, port, error) from error
     return listening
+
+
+def _cannot_serve(host: str, port: int, error: OSError) -> errors.Environment:
+    if error.errno == errno.EADDRINUSE:
+        return errors.Environment(
+            f"cannot serve on {host}:{port}: another program listens there",
+            hint="stop that program, or serve elsewhere with --port",
+        )
+    return errors.Environment(
+        f"cannot serve on {host}:{port}: {error.strerror}", hint="choose another port with --port"
+    )
 
 
 async def _serve(

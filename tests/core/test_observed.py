@@ -222,7 +222,7 @@ def test_a_socket_of_another_user_on_the_port_takes_its_readiness() -> None:
 def test_an_engine_that_listens_elsewhere_is_not_ready() -> None:
     elsewhere = replace(own_port(100), port=9999)
     engine = the_engine(facts(leader(), listeners=(elsewhere,), records=(proved(proved=False),)))
-    assert (engine.state, engine.reason) == ("starting", "listens on port 9999, not on its port 8001")
+    assert (engine.state, engine.reason) == ("starting", "listens on 127.0.0.1:9999, not on 127.0.0.1:8001")
 
 
 def test_a_worker_may_hold_the_socket() -> None:

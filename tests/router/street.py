@@ -15,7 +15,7 @@ from typing import Any
 
 from sage_reconcile.core.routes import Absent, Backend, RouteTable
 from sage_reconcile.router.limits import Limits
-from sage_reconcile.router.server import serve
+from sage_reconcile.router.server import bound_socket, serve
 from sage_reconcile.router.traffic import Traffic
 from tests.builders import identity, the_id
 
@@ -59,7 +59,7 @@ def router(*backends: Backend, limits: Limits | None = None) -> Iterator[Router]
 
     def run() -> None:
         kept = limits or Limits(fresh_table_seconds=0.2, drain_seconds=0.1, linger_seconds=0.2)
-        serve(traffic, host="127.0.0.1", port=0, ready=urls.append, stopping=stopping, limits=kept)
+        serve(traffic, bound_socket("127.0.0.1", 0), ready=urls.append, stopping=stopping, limits=kept)
 
     thread = threading.Thread(target=run)
     thread.start()

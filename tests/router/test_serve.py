@@ -12,19 +12,19 @@ from contextlib import contextmanager
 import pytest
 
 from sage_reconcile import errors
-from sage_reconcile.router.server import serve
+from sage_reconcile.router.server import bound_socket, serve
 from sage_reconcile.router.traffic import Traffic
 from tests.router.street import CHAT, EVENTS, ROOT, Line, free_port, listens, post_bytes, scripted, wait_until
 
 PROGRAM = """
 import sys, threading
 from sage_reconcile.router.limits import Limits
-from sage_reconcile.router.server import serve
+from sage_reconcile.router.server import bound_socket, serve
 from sage_reconcile.router.traffic import Traffic
 from tests.router.street import backend, table
 traffic = Traffic()
 traffic.use(table(backend(int(sys.argv[1]))))
-serve(traffic, host="127.0.0.1", port=0, ready=lambda url: print(url, flush=True), stopping=threading.Event(),
+serve(traffic, bound_socket("127.0.0.1", 0), ready=lambda url: print(url, flush=True), stopping=threading.Event(),
       limits=Limits(drain_seconds=float(sys.argv[2])))
 print("stopped")
 """
@@ -120,7 +120,7 @@ def test_a_port_that_is_taken_is_said_so() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(errors.Environment) as caught:
-            serve(Traffic(), host="127.0.0.1", port=port, ready=print, stopping=threading.Event())
+            serve(Traffic(), bound_socket("127.0.0.1", port), ready=print, stopping=threading.Event())
 
     assert caught.value.message == f"cannot serve on 127.0.0.1:{port}: another program listens there"
     assert caught.value.hint is not None
@@ -130,7 +130,7 @@ def test_a_port_that_is_taken_is_said_so() -> None:
 def test_beyond_this_machine_nothing_is_served_without_keys(host: str) -> None:
     port = free_port()
     with pytest.raises(errors.Refused):
-        serve(Traffic(), host=host, port=port, ready=print, stopping=threading.Event())
+        serve(Traffic(), bound_socket(host, port), ready=print, stopping=threading.Event())
 
     assert not listens(port)
 
@@ -144,7 +144,7 @@ def test_localhost_is_told_as_the_address_it_means() -> None:
         stopping.set()
 
     port = free_port()
-    serve(Traffic(), host="localhost", port=port, ready=ready, stopping=stopping)
+    serve(Traffic(), bound_socket("localhost", port), ready=ready, stopping=stopping)
 
     assert urls == [f"http://127.0.0.1:{port}"]
     assert not listens(port)
