@@ -99,23 +99,30 @@ class Place:
         path.write_text(text, encoding="utf-8")
         return path
 
-    def sage(self, *arguments: str, expect: int = 0, directory: Path | None = None, **more_environment: str) -> Ran:
-        """A command that has to end with this exit code."""
-        ran = run_sage(self.state, *arguments, directory=directory, more_environment=more_environment)
+    def sage(
+        self,
+        *arguments: str,
+        expect: int = 0,
+        directory: Path | None = None,
+        before: Callable[[], None] | None = None,
+        **more_environment: str,
+    ) -> Ran:
+        """A command that has to end with this exit code. `before` runs in its process before it becomes sage."""
+        ran = run_sage(self.state, *arguments, directory=directory, more_environment=more_environment, before=before)
         self.said.append(ran.stderr)
         assert ran.code == expect, f"sage {' '.join(arguments)} ended with {ran.code}: {ran.stdout}\n{ran.stderr}"
         return ran
 
-    def apply(self, *options: str, expect: int = 0) -> Ran:
-        return self.sage("apply", str(self.manifests), "-y", *options, expect=expect)
+    def apply(self, *options: str, expect: int = 0, **more_environment: str) -> Ran:
+        return self.sage("apply", str(self.manifests), "-y", *options, expect=expect, **more_environment)
 
     @contextmanager
-    def started(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    def started(self, *arguments: str, **more_environment: str) -> Iterator["subprocess.Popen[str]"]:
         """A command that goes on while the test does."""
         process = subprocess.Popen(
             [sys.executable, "-m", "sage_reconcile", *arguments],
             cwd=self.root,
-            env=environment(self.state),
+            env=environment(self.state) | more_environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -154,6 +161,18 @@ class Place:
         """The port of each engine that runs, by the engine's id: from the labels, not from sage."""
         placements = {name: json.loads(environ(pid)["SAGE_PLACEMENT"]) for name, pid in self.pids().items()}
         return {name: placement["placement"]["port"] for name, placement in placements.items()}
+
+    def failing(self, *wishes: str) -> dict[str, str]:
+        """The environment in which a command fulfils these wishes at its failpoints (world/failpoints.py).
+
+        What it reached is in `reached` afterwards.
+        """
+        self.trace.unlink(missing_ok=True)
+        return {"SAGE_TEST": "1", "SAGE_FAILPOINTS": ",".join(wishes), "SAGE_FAILPOINT_TRACE": str(self.trace)}
+
+    @property
+    def trace(self) -> Path:
+        return self.root / "failpoints"
 
     def journal(self) -> tuple[Entry, ...]:
         lines = (self.state / self.project / "journal.jsonl").read_bytes().splitlines()

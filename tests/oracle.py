@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,16 @@ def environment(state: Path) -> dict[str, str]:
 
 
 def run_sage(
-    state: Path, *arguments: str, directory: Path | None = None, more_environment: Mapping[str, str] | None = None
+    state: Path,
+    *arguments: str,
+    directory: Path | None = None,
+    more_environment: Mapping[str, str] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Ran:
-    """The real command line, as a process of its own and without a terminal."""
+    """The real command line, as a process of its own and without a terminal.
+
+    `before` runs in that process before it becomes sage.
+    """
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "sage_reconcile", *arguments],
@@ -67,6 +74,7 @@ def run_sage(
         text=True,
         timeout=_COMMAND_SECONDS,
         check=False,
+        preexec_fn=before,
     )
     seconds = time.monotonic() - started
     return Ran(code=done.returncode, stdout=done.stdout, stderr=done.stderr, seconds=seconds)
@@ -91,7 +99,8 @@ def leaks(
     2. Whoever listens on one of the ports is a process of an engine.
     3. Nothing that was said or logged holds a traceback.
     4. Every line of every journal can be read.
-    5. After an apply a plan is empty, and with `again` also: sage calls ready what the manifests ask for, and a further
+    5. No file is half written.
+    6. After an apply a plan is empty, and with `again` also: sage calls ready what the manifests ask for, and a further
        apply does nothing. These two cost a second.
     """
     wanted = wanted_ids(project_dir) if project_dir is not None else frozenset()
@@ -100,6 +109,7 @@ def leaks(
         *_strange_listeners(state.parent, ports),
         *_tracebacks(state, said),
         *_unreadable_journals(state),
+        *_litter(state),
     ]
     if project_dir is not None:
         found += _unrest(state, project_dir)
@@ -213,6 +223,20 @@ def _unreadable_journals(state: Path) -> list[str]:
         for number, line in enumerate(path.read_bytes().splitlines(), start=1)
         if parse_entry(line) is None
     ]
+
+
+def _litter(state: Path) -> list[str]:
+    return [f"{path.relative_to(state)} was left behind" for path in sorted(state.rglob(".*.tmp"))]
+
+
+def unrecorded(state: Path) -> tuple[str, ...]:
+    """A sentence for each running engine whose first process is on no record."""
+    names = {path.stem.rpartition("@")[2] for path in state.glob("*/engines/*.json")}
+    return tuple(
+        f"{process.engine}, pid {process.pid}, runs and is on no record"
+        for process in labelled(state.parent)
+        if process.leader.startswith(f"{process.pid}:") and f"{process.pid}-{process.start_ticks}" not in names
+    )
 
 
 def _unrest(state: Path, project_dir: Path) -> list[str]:
