@@ -88,12 +88,18 @@ def assert_no_leaks(
 
 
 def leaks(
-    state: Path, project_dir: Path | None, ports: range, said: Iterable[str] = (), *, again: bool = True
+    state: Path,
+    project_dir: Path | None,
+    ports: range,
+    said: Iterable[str] = (),
+    *,
+    again: bool = True,
+    planned: Callable[..., Ran] = run_sage,
 ) -> tuple[str, ...]:
     """All that is wrong, within the directory that holds the state.
 
     `project_dir` is the directory of manifests that was applied, None when nothing shall run any more; the lock lies
-    beside the state. `said` are the outputs of the commands so far.
+    beside the state. `said` are the outputs of the commands so far. `planned` runs the plan that has to be empty.
 
     1. No live process carries the token of an engine that no manifest asks for, and no engine runs twice.
     2. Whoever listens on one of the ports is a process of an engine.
@@ -112,7 +118,7 @@ def leaks(
         *_litter(state),
     ]
     if project_dir is not None:
-        found += _unrest(state, project_dir)
+        found += _unrest(planned(state, "plan", str(project_dir), "--detailed-exitcode"))
         found += _unrest_of_a_second_apply(state, project_dir, wanted) if again else ()
     return tuple(found)
 
@@ -239,8 +245,7 @@ def unrecorded(state: Path) -> tuple[str, ...]:
     )
 
 
-def _unrest(state: Path, project_dir: Path) -> list[str]:
-    planned = run_sage(state, "plan", str(project_dir), "--detailed-exitcode")
+def _unrest(planned: Ran) -> list[str]:
     if planned.code == 0:
         return []
     return [f"a plan after an apply ends with {planned.code}: {planned.stdout}{planned.stderr}"]

@@ -1,0 +1,123 @@
+"""Several at once, and the same again and again: one winner of every race, and nothing left after any number of turns.
+
+`make chaos` runs 200 races of 8 and 1,000 cycles (CHAOS=1); `make test` a few of each.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.e2e import Place, fake
+from tests.faults.campaign import Campaign
+from tests.forks import forks
+from tests.oracle import environment, labelled
+
+CHAOS = os.environ.get("CHAOS") == "1"
+RACES = 200 if CHAOS else 3
+RACERS = 8
+CYCLES = 1000 if CHAOS else 15
+PROJECTS = 10 if CHAOS else 1
+
+
+@pytest.mark.timeout(3600)
+def test_p20_of_eight_applies_at_once_one_works_and_seven_name_it(place: Place) -> None:
+    with forks(place.root) as commands:
+        campaign = Campaign(place=place, forks=commands)
+        # The winner has the lock as long as its engine loads, so that nobody comes too late for the race.
+        place.write(fake("chat", "--ready-after", "0.5"), fake("embed", kind="embedding"))
+        for race in range(RACES):
+            runs = [campaign.start(*campaign.apply) for _ in range(RACERS)]
+            pids = [command.pid for command in runs]
+            ended = [command.wait() for command in runs]
+
+            codes = sorted(ran.code for ran in ended)
+            assert codes == [0] + [8] * (RACERS - 1), f"race {race}: {codes}: {[ran.stderr for ran in ended]}"
+            winner = pids[next(number for number, ran in enumerate(ended) if ran.code == 0)]
+            losers = [ran for ran in ended if ran.code == 8]
+            assert all(f"pid {winner} " in ran.stderr for ran in losers), f"race {race}: {losers}"
+            assert all(ran.seconds < 1.0 + RACERS * 0.1 for ran in losers), f"race {race}: {losers}"
+            leaders = {process.engine: process.leader for process in labelled(place.root)}
+            assert len(labelled(place.root)) == len(leaders) == 2, f"race {race}: {leaders}"
+            assert campaign.run(*campaign.down).code == 0
+    place.assert_nothing_left()
+
+
+@pytest.mark.timeout(3600)
+def test_p20_applies_of_two_projects_and_a_loop_like_watch_take_turns(place: Place) -> None:
+    other = place.root / "other" / "manifests"
+    other.mkdir(parents=True)
+    pool = f"{place.ports[4]}-{place.ports[7]}"
+    (other / "sage.yaml").write_text(f'{{"project": "{place.project}-b", "ports": {{"llm": "{pool}"}}}}')
+    place.write(fake("chat"))
+    place.write(fake("chat"), directory=other)
+    with forks(place.root) as commands:
+        campaign = Campaign(place=place, forks=commands)
+        for turn in range(PROJECTS * 3):
+            words = [("apply", str(directory), "-y", "--lock-timeout", "30s") for directory in (place.manifests, other)]
+            codes = [command.wait().code for command in [campaign.start(*each) for each in words * 2]]
+
+            assert codes == [0] * 4, f"turn {turn}"
+            assert len(labelled(place.root)) == 2, f"turn {turn}"
+        assert campaign.run("down", "-p", f"{place.project}-b", "-y").code == 0
+    place.assert_at_rest(again=True)
+
+
+PROGRAM = """
+import os, sys, threading
+from pathlib import Path
+from sage_reconcile.app.project import local_host
+from sage_reconcile.app.verbs import ApplyOptions, Watcher, apply, down
+from sage_reconcile.render.plan_text import plan_text
+
+manifests, state, cycles = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+plans = []
+watcher = Watcher(
+    show=lambda planned: plans.append(plan_text(planned.plan, planned.observed)),
+    approve=lambda: True,
+    on_beat=lambda beat: None,
+    on_restore=lambda plan: None,
+    note=print,
+)
+
+def held():
+    files = sorted(str(path.relative_to(state)) for path in state.rglob("*"))
+    sizes = sum(path.stat().st_size for path in state.rglob("*.log*"))
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), files, sizes
+
+def cycle(host):
+    plans.clear()
+    assert apply((manifests,), watcher, ApplyOptions(), project=None, host=host).result == "converged"
+    (outcome,) = down((manifests,), (), watcher, project=None, everything=False, host=host)
+    assert outcome.result == "converged"
+    return tuple(plans)
+
+host = local_host()
+cycle(host)
+first, before = cycle(host), held()
+last = first
+for _ in range(cycles - 2):
+    last = cycle(host)
+print("plans are the same:", first == last)
+print("held before and after:", before == held(), before, held())
+"""
+
+
+@pytest.mark.timeout(3600)
+def test_a_process_that_starts_and_stops_engines_again_and_again_keeps_nothing(place: Place) -> None:
+    place.write(fake("chat", "--fork-child"), fake("embed", kind="embedding", depends_on=["chat"]))
+
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(place.manifests), str(place.state), str(CYCLES)],
+        env=environment(place.state),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    plans, held = done.stdout.splitlines()
+    assert plans == "plans are the same: True"
+    assert held.startswith("held before and after: True"), held
+    place.assert_nothing_left()
