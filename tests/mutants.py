@@ -147,7 +147,7 @@ MUTANTS = (
     ),
     Mutant(
         bug="any socket on the port will do",
-        file="sage_reconcile/core/observed.py",
+        file="sage_reconcile/core/assembly.py",
         old="        if fact.port == port and not set(fact.pids) & pids:",
         new="        if False:",
         caught_by=("tests/core/test_observed.py",),

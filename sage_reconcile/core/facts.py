@@ -1,4 +1,4 @@
-"""Raw facts: what the doors of world saw. core.observed.assemble says what they mean."""
+"""Raw facts: what the doors of world saw. core.assembly.assemble says what they mean."""
 
 from dataclasses import dataclass, field
 

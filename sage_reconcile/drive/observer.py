@@ -6,8 +6,9 @@ The doors are stated here as what is needed of them; who stands behind them is a
 from dataclasses import replace
 from typing import Protocol
 
+from sage_reconcile.core.assembly import assemble
 from sage_reconcile.core.facts import Facts, HealthFact
-from sage_reconcile.core.observed import Engine, ObservedState, assemble
+from sage_reconcile.core.observed import Engine, ObservedState
 
 
 class Doors(Protocol):

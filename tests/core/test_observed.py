@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from sage_reconcile.core import label
+from sage_reconcile.core.assembly import assemble
 from sage_reconcile.core.facts import Facts, HealthFact, KnownEngine, ListenerFact, ProcessFact, RecordFact, RouterFact
 from sage_reconcile.core.identity import ProcessIdentity
-from sage_reconcile.core.observed import Engine, assemble
+from sage_reconcile.core.observed import Engine
 from tests.builders import BOOT, NODE, identity, running
 
 UID = 1000

@@ -7,11 +7,12 @@ import os
 import random
 from dataclasses import replace
 
+from sage_reconcile.core.assembly import assemble
 from sage_reconcile.core.audit import audit
 from sage_reconcile.core.facts import Facts, ListenerFact, ProcessFact
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.label import ENGINE, LEADER, PLACEMENT, PROJECT, SOURCE, SPEC, leader_text, variables
-from sage_reconcile.core.observed import ObservedState, assemble
+from sage_reconcile.core.observed import ObservedState
 from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.progress import Kill, Terminate
 from sage_reconcile.drive.executor import execute
