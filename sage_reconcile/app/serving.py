@@ -12,7 +12,7 @@ from sage_reconcile.app.project import load, local_host
 from sage_reconcile.app.verbs import ApplyOptions, Planned, Watcher, apply, down
 from sage_reconcile.app.waiting import prove
 from sage_reconcile.core.facts import RouterFact
-from sage_reconcile.core.observed import ObservedState
+from sage_reconcile.core.observed import ObservedState, project_engines
 from sage_reconcile.core.progress import ended_how
 from sage_reconcile.core.routes import routes
 from sage_reconcile.drive.reconciler import Outcome
@@ -26,7 +26,7 @@ _LOOK_SECONDS = 0.4
 
 def serve(host: str, port: int, on_ready: Callable[[str], None]) -> None:
     """One OpenAI-compatible address in front of what runs, until a signal. Raises Environment, Refused."""
-    _serve_from(local_host(), bound_socket(host, port), on_ready, _say_nothing)
+    _serve_from(local_host(), bound_socket(host, port), on_ready, lambda before, now: None)
 
 
 def up(
@@ -53,20 +53,29 @@ def up(
         machine = local_host()
         outcome = apply(paths, watcher, replace(options, router_port=port), project=project, host=machine)
         applied(outcome)
-        _serve_from(machine, listening, on_ready, tell)
+
+        def tell_news(before: ObservedState, now: ObservedState) -> None:
+            for sentence in _news(before, now, outcome.plan.project):
+                tell(sentence)
+
+        _serve_from(machine, listening, on_ready, tell_news)
     for ended in down(paths, (), watcher, project=project, everything=False, host=machine):
         stopped(ended)
 
 
+# Told of two looks, one after the other.
+_Watching = Callable[[ObservedState, ObservedState], None]
+
+
 def _serve_from(
-    machine: LocalHost, listening: socket.socket, on_ready: Callable[[str], None], tell: Callable[[str], None]
+    machine: LocalHost, listening: socket.socket, on_ready: Callable[[str], None], watching: _Watching
 ) -> None:
     machine.answer_seconds, machine.cuts_logs = 0.3, True
     traffic = Traffic()
     first = machine.look()
     traffic.use(routes(first))
     stopping = threading.Event()
-    looking = threading.Thread(target=_look_on, args=(machine, traffic, stopping, first, tell), daemon=True)
+    looking = threading.Thread(target=_look_on, args=(machine, traffic, stopping, first, watching), daemon=True)
     looking.start()
     try:
         serve_traffic(traffic, listening, ready=on_ready, stopping=stopping)
@@ -75,16 +84,12 @@ def _serve_from(
         looking.join(timeout=5)
 
 
-def _say_nothing(_sentence: str) -> None:
-    pass
-
-
 def _look_on(
     machine: LocalHost,
     traffic: Traffic,
     stopping: threading.Event,
     before: ObservedState,
-    tell: Callable[[str], None],
+    watching: _Watching,
 ) -> None:
     """Look, hand over, and say what is in flight, again and again.
 
@@ -100,8 +105,7 @@ def _look_on(
                 traffic.use(routes(observed))
                 mine.write(_said(observed, traffic))
                 prove(machine, observed)
-                for sentence in _news(before, observed):
-                    tell(sentence)
+                watching(before, observed)
                 before = observed
                 complaint = ""
             except Exception as error:  # noqa: BLE001 - the edge of a look: whatever it was, the next one must come
@@ -120,19 +124,19 @@ def _said(observed: ObservedState, traffic: Traffic) -> RouterFact:
     )
 
 
-def _news(before: ObservedState, now: ObservedState) -> tuple[str, ...]:
-    """A sentence for each engine that is in another state than at the look before."""
+def _news(before: ObservedState, now: ObservedState, project: str) -> tuple[str, ...]:
+    """A sentence for each engine of the project that is in another state than at the look before."""
     was = {engine.leader: engine.state for engine in before.engines}
     still = {engine.leader for engine in now.engines}
     codes = {fact.leader: fact.code for fact in now.exits}
     changed = [
         f"{engine.id} is {engine.state}" + (f": {engine.reason}" if engine.reason else "")
-        for engine in now.engines
+        for engine in project_engines(now, project)
         if was.get(engine.leader, engine.state) != engine.state
     ]
     gone = [
         f"{engine.id} is gone" + (f": {ended_how(codes[engine.leader])}" if engine.leader in codes else "")
-        for engine in before.engines
+        for engine in project_engines(before, project)
         if engine.leader not in still
     ]
     return tuple(changed + gone)

@@ -103,6 +103,10 @@ def is_newer(line: bytes) -> bool:
     return fields.get("entry") == "journal_begun" and isinstance(number, int) and number > FORMAT
 
 
+# What was left half done because it was asked for is still what should run.
+_APPLIED = ("converged", "halted")
+
+
 def last_applied(entries: tuple[Entry, ...]) -> tuple[AppliedFact, ...]:
     """The engines of the newest revision that was applied, and not put back."""
     begun: PlanBegun | None = None
@@ -111,8 +115,7 @@ def last_applied(entries: tuple[Entry, ...]) -> tuple[AppliedFact, ...]:
         if isinstance(entry, PlanBegun):
             begun = entry
         elif isinstance(entry, PlanEnded):
-            # What was left half done because it was asked for is still what should run.
-            if begun is not None and entry.outcome in ("converged", "halted"):
+            if begun is not None and entry.outcome in _APPLIED:
                 applied = tuple(
                     AppliedFact(engine=engine, written=written, at=entry.at) for engine, written in begun.revision
                 )
@@ -137,7 +140,10 @@ def shortened(entries: tuple[Entry, ...], longest_bytes: int) -> tuple[Entry, ..
         if longest_bytes < 0 and kept:
             break
         kept.insert(0, plan)
-    if not any(last_applied(tuple(plan)) for plan in kept):
-        applied = [plan for plan in plans if last_applied(tuple(plan))]
-        kept = applied[-1:] + kept
+    if not any(_was_applied(plan) for plan in kept):
+        kept = [plan for plan in plans if _was_applied(plan)][-1:] + kept
     return tuple(entry for plan in kept for entry in plan)
+
+
+def _was_applied(plan: list[Entry]) -> bool:
+    return any(isinstance(entry, PlanEnded) and entry.outcome in _APPLIED for entry in plan)

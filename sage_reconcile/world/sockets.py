@@ -18,19 +18,27 @@ _CAP_NET_BIND_SERVICE = 10  # include/uapi/linux/capability.h
 
 def listeners(pids: Iterable[int]) -> tuple[tuple[ListenerFact, ...], tuple[Gap, ...]]:
     """Every listening TCP socket of this network namespace; its holders are looked for among `pids`."""
+    holders: dict[int, list[int]] = {}
     try:
-        rows = [row for name in ("tcp", "tcp6") for row in _listening(Path(f"/proc/net/{name}"))]
+        rows = _all_listening()
+        wanted = {inode for _, _, _, inode in rows}
+        for pid in pids:
+            for inode in _socket_inodes(pid) & wanted:
+                holders.setdefault(inode, []).append(pid)
+        if wanted - set(holders):
+            # A socket that closed with its process between the two looks is nobody's, and not an unknown's.
+            still = {inode for _, _, _, inode in _all_listening()}
+            rows = [row for row in rows if row[3] in holders or row[3] in still]
     except OSError as error:
         return (), (Gap(what="listeners", why=f"cannot read /proc/net/tcp: {error.strerror}"),)
-    holders: dict[int, list[int]] = {}
-    wanted = {inode for _, _, _, inode in rows}
-    for pid in pids:
-        for inode in _socket_inodes(pid) & wanted:
-            holders.setdefault(inode, []).append(pid)
     return tuple(
         ListenerFact(address=address, port=port, uid=uid, pids=tuple(sorted(holders.get(inode, []))))
         for address, port, uid, inode in rows
     ), ()
+
+
+def _all_listening() -> list[tuple[str, int, int, int]]:
+    return [row for name in ("tcp", "tcp6") for row in _listening(Path(f"/proc/net/{name}"))]
 
 
 def _listening(path: Path) -> Iterator[tuple[str, int, int, int]]:

@@ -105,3 +105,33 @@ def test_an_engine_that_starts_already_is_waited_for_and_not_touched() -> None:
     execute(plan, host, MemoryJournal())
     assert host.world.engines[0].state == "ready"
     assert [type(order).__name__ for order in host.orders] == ["Prove"]
+
+
+# --- a signal that asks for an end ------------------------------------------------------------------------------------
+
+
+def test_after_a_signal_no_further_order_is_given_at_whatever_round_it_comes() -> None:
+    """Every number of rounds: what was begun stays as it is, and the next plan goes on from there."""
+    before = world(running("lab/old", 8001, 100), running("lab/chat", 8002, 101))
+    want = desired(wanted("lab/chat", max_model_len=512), wanted("lab/new", depends_on=["lab/chat"]))
+    plan = make_plan(want, before)
+    whole = FakeHost(world=before)
+    execute(plan, whole, MemoryJournal())
+    for rounds in range(20):
+        asked = 0
+
+        def comes(host: FakeHost, rounds: int = rounds) -> int:
+            nonlocal asked
+            asked += 1
+            return 2 if asked > rounds else 0
+
+        host = FakeHost(world=before, stop=comes)
+        done = execute(plan, host, MemoryJournal())
+
+        assert host.orders == whole.orders[: len(host.orders)]
+        assert done.stop_signal == (2 if len(host.orders) < len(whole.orders) or asked > rounds else 0)
+        assert rounds > 0 or host.orders == []
+        rest = FakeHost(world=host.look())
+        execute(make_plan(want, rest.world), rest, MemoryJournal())
+        assert make_plan(want, rest.world).acts == ()
+        assert len({engine.id for engine in rest.world.engines}) == len(rest.world.engines) == 2

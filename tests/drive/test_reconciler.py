@@ -8,10 +8,12 @@ import pytest
 from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.journal import PlanBegun, PlanEnded, RestoreBegun
 from sage_reconcile.core.observed import Engine, ObservedState
-from sage_reconcile.core.plan import Plan, StartEngine, StopEngine
+from sage_reconcile.core.plan import Plan, PlanOptions, StartEngine, StopEngine
 from sage_reconcile.core.planner import make_plan
+from sage_reconcile.core.progress import Order, Spawned
 from sage_reconcile.drive.reconciler import Outcome, apply_plan
-from tests.builders import desired, running, wanted, world
+from sage_reconcile.errors import Environment
+from tests.builders import desired, running, the_id, wanted, world
 from tests.core.test_worlds import random_desired, random_world
 from tests.fakes import FakeHost, MemoryJournal
 
@@ -147,3 +149,74 @@ def test_an_engine_that_drained_before_still_drains_after_a_restore() -> None:
     host = FakeHost(world=now, fails=lambda number, act: "exits")
     assert applied(want, now, host).result == "restored"
     assert host.world.engines == (draining,)
+
+
+# --- a signal that asks for an end, and a machine that is full --------------------------------------------------------
+
+
+def test_an_interrupted_apply_puts_nothing_back_and_says_how_far_it_came() -> None:
+    now = world(running("lab/chat", 8001, 100))
+    want = desired(wanted("lab/chat", max_model_len=512), wanted("lab/next", depends_on=["lab/chat"]))
+    plan = make_plan(want, now)
+    host = FakeHost(world=now, stop=lambda host: 15 if host.starts else 0)
+    journal = MemoryJournal()
+
+    outcome = apply_plan(plan, want, now, host, journal, revision=(), pid=1)
+
+    assert (outcome.result, outcome.stop_signal, outcome.done, outcome.restore) == ("interrupted", 15, 1, None)
+    assert journal.entries[-1] == PlanEnded(at=journal.entries[-1].at, outcome="interrupted")
+    assert not any(isinstance(entry, RestoreBegun) for entry in journal.entries)
+
+
+def test_a_signal_while_it_is_put_back_ends_that_too() -> None:
+    now = world(running("lab/chat", 8001, 100))
+    want = desired(wanted("lab/chat", max_model_len=512))
+    plan = make_plan(want, now)
+    host = FakeHost(
+        world=now,
+        fails=lambda number, act: "exits" if number == 0 else "",
+        stop=lambda host: 2 if host.starts == 2 else 0,
+    )
+
+    outcome = apply_plan(plan, want, now, host, MemoryJournal(), revision=(), pid=1)
+
+    assert (outcome.result, outcome.stop_signal) == ("interrupted", 2)
+    assert [failure.engine for failure in outcome.failures] == [the_id("lab/chat")]
+
+
+def test_a_failure_of_the_machine_is_told_from_one_of_the_engine() -> None:
+    now = world()
+    want = desired(wanted("lab/chat"))
+    full = FullHost(world=now)
+
+    outcome = apply_plan(make_plan(want, now), want, now, full, MemoryJournal(), revision=(), pid=1)
+
+    assert [(failure.environment, failure.why) for failure in outcome.failures] == [(True, "cannot write /state")]
+    assert outcome.result == "restored"
+
+
+class FullHost(FakeHost):
+    """A machine on whose disk nothing can be written down."""
+
+    def do(self, order: Order) -> Spawned | None:
+        raise Environment("cannot write /state")
+
+
+# --- not waiting ------------------------------------------------------------------------------------------------------
+
+
+def test_without_waiting_only_what_others_depend_on_is_waited_for() -> None:
+    starting = running("lab/base", 8001, 100, state="starting")
+    now = world(starting, running("lab/slow", 8002, 101, state="starting"))
+    want = desired(
+        wanted("lab/base"),
+        wanted("lab/slow"),
+        wanted("lab/app", depends_on=["lab/base"]),
+        wanted("lab/front", depends_on=["lab/app"]),
+    )
+
+    plan = make_plan(want, now, PlanOptions(waits=False))
+
+    assert [task.engine for task in plan.awaited] == [the_id("lab/base")]
+    waits = {act.engine.name: act.waits for act in plan.acts if isinstance(act, StartEngine)}
+    assert waits == {"app": True, "front": False}
