@@ -141,8 +141,8 @@ MUTANTS = (
     Mutant(
         bug="a zombie counts as alive",
         file="sage_reconcile/core/facts.py",
-        old='return self.status not in ("Z", "X", "x")',
-        new="return True",
+        old='return self.status not in ("Z", "X", "x") or',
+        new="return True or",
         caught_by=("tests/core/test_observed.py",),
     ),
     Mutant(
@@ -204,9 +204,156 @@ MUTANTS = (
     Mutant(
         bug="the label is written after the release",
         file="sage_reconcile/app/host.py",
-        old="            self._write_down(act, gated.identity, label, log)\n            gated.release()\n",
-        new="            gated.release()\n            self._write_down(act, gated.identity, label, log)\n",
+        old="            earlier = self._write_down(act, gated.identity, label, log)\n",
+        new="            gated.release()\n            earlier = self._write_down(act, gated.identity, label, log)\n",
         caught_by=("tests/world/test_processes.py",),
+    ),
+    Mutant(
+        bug="a journal line is not forced to the disk",
+        file="sage_reconcile/world/journal_file.py",
+        old="                os.fdatasync(descriptor)\n",
+        new="",
+        caught_by=("tests/faults/test_disk.py::d9",),
+    ),
+    Mutant(
+        bug="a file is put in place before its bytes are on the disk",
+        file="sage_reconcile/world/state.py",
+        old="        os.fsync(file.fileno())\n",
+        new="",
+        caught_by=("tests/faults/test_disk.py::d9",),
+    ),
+    Mutant(
+        bug="a file's new name is not forced to the disk",
+        file="sage_reconcile/world/state.py",
+        old='        failpoint(f"{what}.renamed")\n        sync_directory(path.parent)\n',
+        new='        failpoint(f"{what}.renamed")\n',
+        caught_by=("tests/faults/test_disk.py::d9",),
+    ),
+    Mutant(
+        bug="only the session of the leader is killed",
+        file="sage_reconcile/app/host.py",
+        old="        for target in targets:\n            processes.send_signal(target, number, boot=self.boot)\n",
+        new="        for target in list(targets)[:1]:\n            os.killpg(target.pid, number)\n",
+        caught_by=("tests/faults/test_lifecycle.py", "tests/faults/test_processes.py"),
+    ),
+    Mutant(
+        bug="a stop is not marked as draining",
+        file="sage_reconcile/core/progress.py",
+        old="        if not _drained(act, observed):\n            return entry, (mark,)\n",
+        new="        if not _drained(act, observed):\n            return entry, ()\n",
+        caught_by=("tests/drive/test_executor.py",),
+    ),
+    Mutant(
+        bug="the lock does not look whether its file is still there",
+        file="sage_reconcile/world/lock.py",
+        old="        if _is_at(path, descriptor):\n            break\n",
+        new="        break\n",
+        caught_by=("tests/world/test_state.py",),
+    ),
+    Mutant(
+        bug="cron does not see the lock of a login",
+        file="sage_reconcile/world/lock.py",
+        old='        return first, private_directory(Path("/tmp") / own) / "lock"\n',
+        new="        return (first,)\n",
+        caught_by=("tests/world/test_state.py",),
+    ),
+    Mutant(
+        bug="engines do not append to their log",
+        file="sage_reconcile/world/logs.py",
+        old="os.O_WRONLY | os.O_APPEND | os.O_CREAT",
+        new="os.O_WRONLY | os.O_CREAT",
+        caught_by=("tests/faults/test_logs.py",),
+    ),
+    Mutant(
+        bug="a held port is never let go",
+        file="sage_reconcile/app/host.py",
+        old="            hold = self._holds.pop(leader).hold\n",
+        new="            hold = None\n",
+        caught_by=("tests/faults/test_races.py::again",),
+    ),
+    Mutant(
+        bug="failpoints work without the switch",
+        file="sage_reconcile/world/failpoints.py",
+        old='    if asked and environment.get(SWITCH) != "1":',
+        new="    if False:",
+        caught_by=("tests/world/test_failpoints.py",),
+    ),
+    Mutant(
+        bug="records of another boot count",
+        file="sage_reconcile/core/assembly.py",
+        old="        if label is None or record.leader.boot_id != facts.boot_id or label",
+        new="        if label is None or label",
+        caught_by=("tests/core/test_observed.py", "tests/faults/test_processes.py::p15"),
+    ),
+    Mutant(
+        bug="a label of another pid namespace is believed",
+        file="sage_reconcile/core/assembly.py",
+        old="        if label is not None and label.leader[2] == facts.namespace:",
+        new="        if label is not None:",
+        caught_by=("tests/core/test_strangers.py",),
+    ),
+    Mutant(
+        bug="processes of other users count",
+        file="sage_reconcile/core/assembly.py",
+        old="        if fact.uid != facts.uid or not fact.label",
+        new="        if not fact.label",
+        caught_by=("tests/core/test_strangers.py",),
+    ),
+    Mutant(
+        bug="the port is not looked at again before the release",
+        file="sage_reconcile/app/host.py",
+        old="            if sockets.is_listened_on(act.resolved.placement.port):",
+        new="            if False:",
+        caught_by=("tests/faults/test_ports.py::n1",),
+    ),
+    Mutant(
+        bug="the seal is not looked at",
+        file="sage_reconcile/core/seal.py",
+        old="        if not found or seal !=",
+        new="        if not found or not seal !=",
+        caught_by=("tests/core/test_seal.py",),
+    ),
+    Mutant(
+        bug="a shortened journal forgets what was applied",
+        file="sage_reconcile/core/journal.py",
+        old="    if not any(_was_applied(plan) for plan in kept):",
+        new="    if False:",
+        caught_by=("tests/core/test_seal.py",),
+    ),
+    Mutant(
+        bug="what a newer sage wrote is written over",
+        file="sage_reconcile/app/project.py",
+        old="    if found:\n        raise newer_state(found[0])\n",
+        new="",
+        caught_by=("tests/faults/test_disk.py::d6",),
+    ),
+    Mutant(
+        bug="a state directory of others is believed",
+        file="sage_reconcile/world/state.py",
+        old="    return _checked(root, found)\n",
+        new="    return root\n",
+        caught_by=("tests/faults/test_disk.py::d8",),
+    ),
+    Mutant(
+        bug="after a signal further acts are begun",
+        file="sage_reconcile/drive/executor.py",
+        old="    while not (stop_signal := host.stop_signal()):",
+        new="    stop_signal = 0\n    while True:",
+        caught_by=("tests/drive/test_executor.py",),
+    ),
+    Mutant(
+        bug="what was known of an engine is forgotten",
+        file="sage_reconcile/app/host.py",
+        old="        members = set(engine.members) | set(earlier.members if earlier else ())\n",
+        new="        members = set()\n",
+        caught_by=("tests/faults/test_processes.py::p12", "tests/faults/test_lifecycle.py::wipe"),
+    ),
+    Mutant(
+        bug="a full disk is found out after the first stop",
+        file="sage_reconcile/world/state.py",
+        old='        _probe(directory / ".writable")\n',
+        new="",
+        caught_by=("tests/faults/test_disk.py::d1",),
     ),
 )
 
@@ -241,8 +388,18 @@ def noticed(mutant: Mutant, tree: Path) -> str:
 
 
 def first_failure(tests: tuple[str, ...], tree: Path) -> str:
+    """The first test that fails. `FILE::WORD` means the tests of a file whose names hold the word."""
+    for test in tests:
+        file, _, word = test.partition("::")
+        failed = _first_failure([file, *(["-k", word] if word else [])], tree)
+        if failed:
+            return failed
+    return ""
+
+
+def _first_failure(arguments: list[str], tree: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "--timeout", "60", *tests],
+        [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "--timeout", "60", *arguments],
         cwd=tree,
         env={**os.environ, "PYTHONPATH": str(tree), "WORLDS": "400"},
         capture_output=True,

@@ -96,7 +96,9 @@ class LocalHost:
     def facts(self) -> Facts:
         records = Records(self.root)
         for proof in self._prober.proofs():
-            records.write_proof(proof.engine, proof.leader, failure=proof.failure)
+            # Of a process that has ended meanwhile nothing more is written down: its record is gone, or will be.
+            if processes.identity(proof.leader.pid, node=self.node, boot=self.boot) == proof.leader:
+                records.write_proof(proof.engine, proof.leader, failure=proof.failure)
         found, process_gaps = processes.processes(node=self.node, boot=self.boot, logs=str(self.root))
         listeners, socket_gaps = sockets.listeners(fact.identity.pid for fact in found if fact.alive)
         # After the processes were listed: one that is not among them has ended, and its end is known.
@@ -183,7 +185,7 @@ class LocalHost:
             os.close(log_fd)
         released = False
         try:
-            self._write_down(act, gated.identity, label, log)
+            earlier = self._write_down(act, gated.identity, label, log)
             failpoint("gate.recorded")
             if sockets.is_listened_on(act.resolved.placement.port):
                 return Spawned(leader=None, why=f"port {act.resolved.placement.port} was taken while it was started")
@@ -202,12 +204,17 @@ class LocalHost:
             leader=gated.identity, label=_whole_label(label, gated.identity), members=(gated.identity,)
         )
         self._holds[gated.identity] = gated
+        for record in earlier:
+            with contextlib.suppress(Environment):
+                Records(self.root).forget(record.engine, record.leader)
         return Spawned(leader=gated.identity)
 
-    def _write_down(self, act: StartEngine, leader: ProcessIdentity, label: dict[str, str], log: Path) -> None:
-        """The record of a new process replaces those of the engine's earlier ones, which are gone."""
+    def _write_down(
+        self, act: StartEngine, leader: ProcessIdentity, label: dict[str, str], log: Path
+    ) -> tuple[RecordFact, ...]:
+        """Write the record of a new process; the records of the engine's earlier ones, which it replaces."""
         records = Records(self.root)
-        earlier = [record for record in records.read() if record.engine == act.engine]
+        earlier = tuple(record for record in records.read() if record.engine == act.engine and record.leader != leader)
         records.write(
             RecordFact(
                 engine=act.engine,
@@ -216,13 +223,11 @@ class LocalHost:
                 from_start=True,
                 label=_whole_label(label, leader),
                 started_at=time.time(),
-                restarts=_restarts(earlier, act),
+                restarts=_restarts(earlier),
                 log=str(log),
             )
         )
-        for record in earlier:
-            if record.leader != leader:
-                records.forget(record.engine, record.leader)
+        return earlier
 
     def _prove(self, order: Prove) -> None:
         """Ask, but an engine that answers wrongly is asked less and less often: a request costs it work."""
@@ -310,7 +315,7 @@ def _whole_label(label: Mapping[str, str], leader: ProcessIdentity) -> tuple[tup
     return tuple(sorted({**label, **named}.items()))
 
 
-def _restarts(earlier: list[RecordFact], act: StartEngine) -> int:
-    """How often an engine of this id was started again without having been asked to stop."""
+def _restarts(earlier: tuple[RecordFact, ...]) -> int:
+    """How often an engine was started again without having been asked to stop."""
     crashed: Mapping[str, RecordFact] = {record.phase: record for record in earlier}
     return crashed[""].restarts + 1 if "" in crashed else 0
