@@ -5,14 +5,13 @@ Asked in a few threads; the answers come back as facts. http.client, because imp
 
 import http.client
 import json
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 from sage_reconcile.core.facts import HealthFact
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
+from sage_reconcile.world.pending import Pending
 
 # An engine that computes may answer a health question late, but not this late.
 _HEALTH_SECONDS = 2.0
@@ -22,33 +21,6 @@ _PROOF_SECONDS = 60.0
 
 # Nothing that an engine says of itself is longer.
 _LONGEST_ANSWER_BYTES = 4 * 1024 * 1024
-
-_T = TypeVar("_T")
-
-
-class _Pending(Generic[_T]):
-    """A question under way in a thread of its own.
-
-    A daemon thread, which the interpreter does not wait for at its end: an engine that never answers must not keep a
-    command from returning. The executors of concurrent.futures do wait.
-    """
-
-    def __init__(self, ask: Callable[[], _T]) -> None:
-        self.begun_at = time.monotonic()
-        self._answers: list[_T] = []
-        self._answered = threading.Event()
-        threading.Thread(target=self._run, args=(ask,), daemon=True).start()
-
-    def _run(self, ask: Callable[[], _T]) -> None:
-        try:
-            self._answers.append(ask())
-        finally:
-            self._answered.set()
-
-    def answer(self, *, wait_seconds: float = 0.0) -> _T | None:
-        """The answer; None while there is none."""
-        self._answered.wait(max(wait_seconds, 0.0))
-        return self._answers[0] if self._answers else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +48,7 @@ class Proof:
 class _Asked:
     """The newest question to one engine, while it is under way, and the newest answer."""
 
-    pending: "_Pending[HealthFact] | None" = None
+    pending: "Pending[HealthFact] | None" = None
     answer: HealthFact | None = None
 
 
@@ -85,7 +57,7 @@ class Prober:
     """Asks in the background, at most one question of each sort to each engine at a time."""
 
     _asked: dict[ProcessIdentity, _Asked] = field(default_factory=dict)
-    _proofs: dict[ProcessIdentity, "_Pending[Proof]"] = field(default_factory=dict)
+    _proofs: dict[ProcessIdentity, "Pending[Proof]"] = field(default_factory=dict)
 
     def healths(self, questions: Iterable[Question], *, wait_seconds: float) -> tuple[HealthFact, ...]:
         """The newest answer of each engine, waiting at most so long for those that are under way."""
@@ -95,14 +67,14 @@ class Prober:
         for question in questions:
             asked = self._asked[question.leader]
             if asked.pending is None:
-                asked.pending = _Pending(lambda question=question: _health(question))  # type: ignore[misc]
+                asked.pending = Pending(lambda question=question: _health(question))  # type: ignore[misc]
         found = [_newest(leader, asked, deadline) for leader, asked in self._asked.items()]
         return tuple(fact for fact in found if fact is not None)
 
     def prove(self, engine: EngineId, leader: ProcessIdentity, kind: str, model: str, host: str, port: int) -> None:
         """Send one request of the engine's kind, unless one is under way."""
         if leader not in self._proofs:
-            self._proofs[leader] = _Pending(lambda: _proof(engine, leader, kind, model, host, port))
+            self._proofs[leader] = Pending(lambda: _proof(engine, leader, kind, model, host, port))
 
     def proofs(self) -> tuple[Proof, ...]:
         """What came of the requests that have ended since this was last asked."""
