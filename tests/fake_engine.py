@@ -19,19 +19,26 @@ neither counted nor recorded, and a request is counted as finished a moment afte
 --child-setsid         the child leads a session of its own
 --child-ignore-term    the child ignores SIGTERM
 --child-wipe-environ   the child's /proc/PID/environ is empty
+--child-double-fork    the child is a child's child, whose parent has ended: a daemon
 --tokens N             tokens per answer (5); a request's max_tokens can only make it fewer
 --token-delay S        seconds before each token
 --token-bytes N        every token is padded to N bytes
 --die-mid-stream N     SIGKILLs itself after N streamed tokens
 --stall-mid-stream N   says nothing more after N streamed tokens, until the client goes away
+--child-holds-port     the child is started once the engine listens, and holds the listening socket too
 --listen-port P        listens there, whatever --port says; --listen-host H: likewise
+--also-listen-host H   listens there too, with a second socket on the same port
 --reuse-port           sets SO_REUSEPORT on the listener
+--workers N            N processes in one session listen with SO_REUSEPORT each; N - 1 are children, which outlive it
 --log-bytes N          writes N bytes of log at the start
+--log-flood N          writes N bytes of log once it listens, about 50 MB a second, and then "end of the flood"
 --close-output         lets go of stdout and stderr after the first lines
+--first-thread-ends    on SIGUSR1 its first thread ends, the others go on; nothing hears SIGTERM any more
 --record FILE          appends a JSON line per request: method, path, headers, body_length, body (first 2000 characters)
 """
 
 import argparse
+import ctypes
 import hashlib
 import json
 import math
@@ -52,6 +59,8 @@ _EMBED = ("/v1/embeddings", "/v1/rerank")
 # The longest that the main thread waits in one go. Python looks for signals before a wait, not at its start: one that
 # comes in between is seen a turn later, and never in an endless signal.pause(). (2026-11-23: two runs of two hung.)
 _TURN_SECONDS = 0.05
+# A flood of log comes in chunks, each followed by a pause.
+_FLOOD_CHUNK_BYTES, _FLOOD_CHUNK_SECONDS = 1024 * 1024, 0.02
 
 
 def main() -> NoReturn:
@@ -60,13 +69,14 @@ def main() -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: state.terminate())
     _log_start(args)
-    if args.fork_child:
+    if args.fork_child and not args.child_holds_port:
         _fork_child(args)
     if args.exit_code is not None:
         _sleep(args.exit_after)
         _say(f"error: told to exit with {args.exit_code}")
         os._exit(args.exit_code)
     _sleep(args.bind_after)
+    _fork_workers(args)
     _serve(args, state)
     # Only --term-delay comes here: it listens no more, and its own thread ends the process.
     _sleep(math.inf)
@@ -89,11 +99,16 @@ def _arguments() -> argparse.Namespace:
         flag(f"--{name}", action="store_true")
     for name in ("fork-child", "child-setsid", "child-ignore-term", "child-wipe-environ"):
         flag(f"--{name}", action="store_true")
-    for name in ("swallow-terms", "token-bytes", "log-bytes"):
+    for name in ("child-double-fork", "first-thread-ends"):
+        flag(f"--{name}", action="store_true")
+    for name in ("swallow-terms", "token-bytes", "log-bytes", "log-flood"):
         flag(f"--{name}", type=int, default=0)
     for name in ("exit-code", "die-mid-stream", "stall-mid-stream", "listen-port"):
         flag(f"--{name}", type=int)
-    flag("--listen-host")
+    for name in ("listen-host", "also-listen-host"):
+        flag(f"--{name}")
+    flag("--child-holds-port", action="store_true")
+    flag("--workers", type=int, default=1)
     flag("--record")
     return parser.parse_args()
 
@@ -107,7 +122,7 @@ class _State:
         self.counts = {"active": 0, "finished": 0, "cancelled": 0, "bytes_sent": 0, "requests": 0}
         self.ready_at = math.inf if args.never_ready else time.monotonic() + args.bind_after + args.ready_after
         self.terms_to_swallow = math.inf if args.ignore_term else args.swallow_terms
-        self.server: _Server | None = None  # None until it is bound
+        self.servers: list[_Server] = []  # those that are bound
 
     def add(self, **amounts: int) -> None:
         with self.changed:
@@ -132,9 +147,9 @@ class _State:
 
     def _leave_slowly(self) -> None:
         leave_at = time.monotonic() + self.args.term_delay
-        if self.server is not None:
-            self.server.shutdown()
-            self.server.server_close()
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
         time.sleep(max(0.0, leave_at - time.monotonic()))
         self.wait_until_idle()
         os._exit(0)
@@ -169,32 +184,77 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _fork_child(args: argparse.Namespace) -> None:
+def _fork_workers(args: argparse.Namespace) -> None:
+    for _ in range(args.workers - 1):
+        if os.fork() == 0:
+            return
+
+
+_SLEEP = "import signal\nwhile True: signal.pause()"
+# Starts a sleeper, tells its pid and ends: then nobody but PID 1 is the sleeper's parent.
+_FORK_AGAIN = (
+    f"import subprocess, sys\nwords = [sys.executable, '-ISc', {_SLEEP!r}]\n"
+    "print(subprocess.Popen(words, close_fds=False, stdout=2).pid)"
+)
+
+
+def _fork_child(args: argparse.Namespace, *held_fds: int) -> None:
     def ignore_term() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     child = subprocess.Popen(
-        [sys.executable, "-ISc", "import signal\nwhile True: signal.pause()"],
+        [sys.executable, "-ISc", _FORK_AGAIN if args.child_double_fork else _SLEEP],
         env={} if args.child_wipe_environ else None,
         start_new_session=args.child_setsid,
+        pass_fds=held_fds,
         # Before the exec, which keeps it: there is no moment when the child does not ignore SIGTERM yet.
         preexec_fn=ignore_term if args.child_ignore_term else None,
+        stdout=subprocess.PIPE if args.child_double_fork else None,
     )
-    _say(f"child pid {child.pid}")
+    _say(f"child pid {int(child.communicate()[0]) if args.child_double_fork else child.pid}")
 
 
 def _serve(args: argparse.Namespace, state: _State) -> None:
-    _Server.allow_reuse_port = args.reuse_port
-    address = (args.listen_host or args.host, args.listen_port or args.port)
-    try:
-        server = _Server(address, state)
-    except OSError as error:
-        _say(f"error: cannot listen on {address[0]}:{address[1]}: {error.strerror}")
-        os._exit(1)
-    state.server = server
+    _Server.allow_reuse_port = args.reuse_port or args.workers > 1
+    hosts = [args.listen_host or args.host, *([args.also_listen_host] if args.also_listen_host else [])]
+    for host in hosts:
+        address = (host, args.listen_port or args.port)
+        try:
+            state.servers.append(_Server(address, state))
+        except OSError as error:
+            _say(f"error: cannot listen on {address[0]}:{address[1]}: {error.strerror}")
+            os._exit(1)
+    if args.fork_child and args.child_holds_port:
+        _fork_child(args, *(server.fileno() for server in state.servers))
+    server, *others = state.servers
+    for other in others:
+        threading.Thread(target=other.serve_forever, args=(_TURN_SECONDS,), daemon=True).start()
     if args.crash_after_ready is not None:
         threading.Thread(target=_crash, args=(state,), daemon=True).start()
+    if args.log_flood:
+        threading.Thread(target=_flood, args=(args.log_flood,), daemon=True).start()
+    if args.first_thread_ends:
+        _serve_without_first_thread(server)
     server.serve_forever(poll_interval=_TURN_SECONDS)
+
+
+def _serve_without_first_thread(server: "_Server") -> None:
+    threading.Thread(target=server.serve_forever, args=(_TURN_SECONDS,)).start()
+    asked = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda _number, _frame: asked.set())
+    while not asked.is_set():
+        time.sleep(_TURN_SECONDS)
+    # The process goes on: to the system its first thread is a zombie.
+    ctypes.CDLL(None).pthread_exit(None)
+
+
+def _flood(size: int) -> None:
+    line = b"x" * 1023 + b"\n"
+    for begun in range(0, size, _FLOOD_CHUNK_BYTES):
+        sys.stdout.buffer.write(line * (min(_FLOOD_CHUNK_BYTES, size - begun) // len(line)))
+        sys.stdout.buffer.flush()
+        time.sleep(_FLOOD_CHUNK_SECONDS)
+    _say("end of the flood")
 
 
 def _crash(state: _State) -> None:
@@ -215,6 +275,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], state: _State) -> None:
         self.state = state
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Exchange)
 
     def server_bind(self) -> None:

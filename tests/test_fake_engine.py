@@ -174,6 +174,57 @@ def test_child_outlives_the_engine(flags: tuple[str, ...]) -> None:
             wait_until(lambda: not is_alive(child))
 
 
+@pytest.mark.parametrize("flags", [(), ("--child-setsid",)])
+def test_double_fork_leaves_a_child_of_nobody_here(flags: tuple[str, ...]) -> None:
+    with launched("--fork-child", "--child-double-fork", *flags) as (process, _):
+        assert process.stdout is not None
+        child = child_pid(process.stdout.readline, process.stdout.readline)
+        try:
+            assert is_alive(child)
+            assert psutil.Process(child).ppid() != process.pid
+            assert (os.getsid(child) == os.getsid(process.pid)) is not bool(flags)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            wait_until(lambda: not is_alive(child))
+
+
+def test_child_that_holds_the_port_keeps_it_when_the_engine_dies() -> None:
+    with engine("--fork-child", "--child-holds-port") as (process, port):
+        assert process.stdout is not None
+        child = child_pid(process.stdout.readline, process.stdout.readline)
+        try:
+            process.kill()
+            process.wait(timeout=5)
+            assert listens(port)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            wait_until(lambda: not is_alive(child))
+        assert not listens(port)
+
+
+def test_first_thread_ends_while_the_engine_serves() -> None:
+    with engine("--first-thread-ends") as (process, port):
+        assert ask(port, "/health")[0].status == 200
+
+        process.send_signal(signal.SIGUSR1)
+
+        wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
+        assert ask(port, "/health")[0].status == 200
+        process.kill()
+        wait_until(lambda: not listens(port))
+
+
+def test_flood_of_log_has_its_size_and_an_end() -> None:
+    with engine("--log-flood", 3 * 1024 * 1024 + 1024) as (process, port):
+        assert process.stdout is not None
+        lines = []
+        while "end of the flood" not in lines:
+            lines.append(process.stdout.readline().decode().strip())
+
+        assert [len(line) for line in lines[1:-1]] == [1023] * 3073
+        assert ask(port, "/health")[0].status == 200
+
+
 def test_exit_code_is_told_without_binding() -> None:
     with launched("--exit-code", 7) as (process, _):
         assert process.stdout is not None
@@ -213,6 +264,56 @@ def test_reuse_port_lets_two_engines_share_one() -> None:
             return second.pid in pids and len(pids) == 2
 
         wait_until(both_answer)
+
+
+def test_workers_share_the_port_and_the_session_and_outlive_the_first() -> None:
+    with engine("--workers", 3) as (process, port):
+        pids = set()
+
+        def all_answer() -> bool:
+            pids.add(ask(port, "/fake/state")[1]["pid"])
+            return len(pids) == 3
+
+        wait_until(all_answer)
+        workers = pids - {process.pid}
+        try:
+            assert {os.getsid(worker) for worker in workers} == {os.getsid(process.pid)}
+            process.kill()
+            process.wait(timeout=5)
+
+            assert ask(port, "/fake/state")[1]["pid"] in workers
+        finally:
+            end(*workers)
+
+
+def test_second_host_is_served_on_the_same_port() -> None:
+    with engine("--also-listen-host", "127.0.0.2") as (process, port):
+        connection = http.client.HTTPConnection("127.0.0.2", port, timeout=_DEADLINE_SECONDS)
+        connection.request("GET", "/health")
+
+        assert connection.getresponse().headers["X-Fake-Pid"] == str(process.pid)
+        assert ask(port, "/health")[0].status == 200
+
+
+def test_listen_host_may_be_of_the_other_family() -> None:
+    with launched("--listen-host", "::1") as (_, port):
+        wait_until(lambda: listens(port, "::1"))
+
+        assert not listens(port)
+
+
+def test_child_holds_the_port_after_the_death_of_the_engine() -> None:
+    with engine("--fork-child", "--child-holds-port", "--child-setsid", "--child-wipe-environ") as (process, port):
+        assert process.stdout is not None
+        child = child_pid(process.stdout.readline, process.stdout.readline)
+        try:
+            process.kill()
+            process.wait(timeout=5)
+
+            assert listens(port)
+        finally:
+            end(child)
+        assert not listens(port)
 
 
 def test_requests_are_recorded_in_order(tmp_path: Path) -> None:
@@ -256,9 +357,9 @@ def free_port() -> int:
         return port
 
 
-def listens(port: int) -> bool:
+def listens(port: int, host: str = "127.0.0.1") -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=_DEADLINE_SECONDS).close()
+        socket.create_connection((host, port), timeout=_DEADLINE_SECONDS).close()
     except OSError:
         return False
     return True
@@ -269,6 +370,13 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def end(*pids: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: not is_alive(pid))  # type: ignore[misc]
 
 
 def stays_alive(process: subprocess.Popen[bytes]) -> bool:

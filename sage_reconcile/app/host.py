@@ -36,10 +36,11 @@ _LONGEST_PROOF_PAUSE_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lookup:
-    """What a plan will ask about this machine beyond what runs: (program, directory) pairs, and model paths."""
+    """What a plan will ask about this machine beyond what runs: (program, directory) pairs, model paths, and ports."""
 
     programs: tuple[tuple[str, str], ...] = ()
     models: tuple[str, ...] = ()
+    ports: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,12 +76,23 @@ class LocalHost:
 
     def look(self) -> ObservedState:
         observed = observe(self)
+        self._take_proofs(observed)
         self._let_go_of_ports(observed)
         self._known = {engine.leader: self._remembered(engine) for engine in observed.engines}
         if self.cuts_logs:
             for engine in observed.engines:
                 cut_long_log(log_path(self.root, engine.id))
         return observed
+
+    def _take_proofs(self, observed: ObservedState) -> None:
+        """Write down what came of the requests that were asked, for the next look to see.
+
+        Not of an engine that is gone, and not when somebody else may have answered: then it is asked again.
+        """
+        asked = {engine.leader: engine for engine in observed.engines if not engine.intruder}
+        for proof in self._prober.proofs():
+            if proof.leader in asked:
+                Records(self.root).write_proof(proof.engine, proof.leader, failure=proof.failure)
 
     def _remembered(self, engine: Engine) -> KnownEngine:
         label = variables(engine=engine.id, source=engine.source, written=engine.written, resolved=engine.resolved)
@@ -95,10 +107,6 @@ class LocalHost:
 
     def facts(self) -> Facts:
         records = Records(self.root)
-        for proof in self._prober.proofs():
-            # Of a process that has ended meanwhile nothing more is written down: its record is gone, or will be.
-            if processes.identity(proof.leader.pid, node=self.node, boot=self.boot) == proof.leader:
-                records.write_proof(proof.engine, proof.leader, failure=proof.failure)
         found, process_gaps = processes.processes(node=self.node, boot=self.boot, logs=str(self.root))
         listeners, socket_gaps = sockets.listeners(fact.identity.pid for fact in found if fact.alive)
         # After the processes were listed: one that is not among them has ended, and its end is known.
@@ -114,6 +122,7 @@ class LocalHost:
             listeners=listeners,
             lowest_port=sockets.lowest_port(),
             client_ports=sockets.client_ports(),
+            busy_ports=sockets.busy_ports(self.lookup.ports),
             programs=programs(self.lookup.programs),
             models=models(self.lookup.models),
             records=records.read(),

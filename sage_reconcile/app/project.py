@@ -8,6 +8,7 @@ from sage_reconcile.app.host import LocalHost, Lookup
 from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.observed import ObservedState, project_engines
+from sage_reconcile.core.quantities import ports_of
 from sage_reconcile.core.runtimes import program_of
 from sage_reconcile.core.spec import is_path
 from sage_reconcile.errors import InvalidManifests, Refused, Usage
@@ -44,6 +45,9 @@ def lookup(desired: DesiredState) -> Lookup:
     return Lookup(
         programs=tuple((program_of(wanted.spec), wanted.directory) for wanted in desired.wanted),
         models=tuple(wanted.spec.model for wanted in desired.wanted if is_path(wanted.spec.model)),
+        ports=frozenset(wanted.spec.port for wanted in desired.wanted if isinstance(wanted.spec.port, int)).union(
+            *(ports_of(pool) for pool in (desired.ports.llm, desired.ports.embedding, desired.ports.rerank))
+        ),
     )
 
 

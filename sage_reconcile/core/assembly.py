@@ -42,6 +42,7 @@ def assemble(facts: Facts) -> ObservedState:
         listeners=_listeners(facts, processes, engine_of),
         lowest_port=facts.lowest_port,
         client_ports=facts.client_ports,
+        busy_ports=tuple(sorted(facts.busy_ports)),
         programs=tuple(sorted(facts.programs, key=lambda program: program.name)),
         models=tuple(sorted(facts.models, key=lambda model: model.model)),
         records=tuple(sorted(facts.records, key=lambda record: (record.engine, record.leader))),
@@ -149,6 +150,7 @@ def _engine(leader: ProcessIdentity, processes: list[ProcessFact], label: Label,
         health=health_fact.health if health_fact else "unasked",
         listens_on=tuple(sorted({fact.port for fact in sockets if _answers_at(fact.address, host)})),
         exposed=_exposed(sockets),
+        intruder=_intruder(resolved.placement.port, pids, facts),
         in_flight=sum(count for router in facts.routers for key, count in router.in_flight if key == leader),
         started_at=record.started_at if record else 0.0,
         restarts=record.restarts if record else 0,
@@ -162,7 +164,7 @@ def _engine(leader: ProcessIdentity, processes: list[ProcessFact], label: Label,
         model=model_of(engine),
         listens_on=engine.listens_on,
         listens_at=tuple(sorted({_socket_name(fact) for fact in sockets})),
-        intruder=_intruder(resolved.placement.port, pids, facts),
+        intruder=engine.intruder,
         health=engine.health,
         health_detail=health_fact.detail if health_fact else "",
         models=health_fact.models if health_fact else None,
@@ -239,12 +241,18 @@ def _listeners(
             address=fact.address,
             port=fact.port,
             pids=tuple(sorted(fact.pids)),
-            owner=_owner(fact, by_pid),
+            owner=_owner(_without_members(fact, engine_of), by_pid),
             engine=next((engine_of[pid] for pid in sorted(fact.pids) if pid in engine_of), None),
         )
         for fact in facts.listeners
     ]
     return tuple(sorted(listeners, key=lambda listener: (listener.port, listener.address, listener.pids)))
+
+
+def _without_members(fact: ListenerFact, engine_of: Mapping[int, EngineId]) -> ListenerFact:
+    """The socket as held by those that are no engine's, where there are any: they keep it when the engine is gone."""
+    others = tuple(pid for pid in fact.pids if pid not in engine_of)
+    return replace(fact, pids=others or fact.pids)
 
 
 def _foreign(

@@ -170,6 +170,8 @@ class Facts:
     lowest_port: int = 1
     # The first and last port that the kernel gives to clients; (0, 0) for none.
     client_ports: tuple[int, int] = (0, 0)
+    # Ports on which nobody listens and nobody could now: of those that were asked about.
+    busy_ports: tuple[int, ...] = ()
     programs: tuple[ProgramFact, ...] = ()
     models: tuple[ModelFact, ...] = ()
     healths: tuple[HealthFact, ...] = ()

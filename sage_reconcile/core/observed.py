@@ -57,6 +57,8 @@ class Engine:
     listens_on: tuple[int, ...] = ()
     # A sentence about sockets of it that other machines reach; empty when there are none.
     exposed: str = ""
+    # A sentence about whoever else listens on its port; empty when nobody does. What answers there proves nothing then.
+    intruder: str = ""
     in_flight: int = 0
     # Epoch seconds; 0 when not known.
     started_at: float = 0.0
@@ -104,6 +106,7 @@ class ObservedState:
     listeners: tuple[Listener, ...] = ()
     lowest_port: int = 1
     client_ports: tuple[int, int] = (0, 0)
+    busy_ports: tuple[int, ...] = ()
     programs: tuple[ProgramFact, ...] = ()
     models: tuple[ModelFact, ...] = ()
     records: tuple[RecordFact, ...] = ()

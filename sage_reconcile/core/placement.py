@@ -91,8 +91,8 @@ def _port(
             why=f"port {wanted.spec.port} is taken by {holder}",
             would_help=("port: auto", f"end {holder}"),
         )
-    pool = ports_of(getattr(desired.ports, wanted.spec.kind))
-    pool = tuple(port for port in pool if port >= observed.lowest_port)
+    written = ports_of(getattr(desired.ports, wanted.spec.kind))
+    pool = tuple(port for port in written if port >= observed.lowest_port)
     free = [port for port in pool if port not in taken.ports and port not in taken.asked_ports]
     # (2), (3)
     for port in _earlier_ports(wanted, observed, predecessor):
@@ -102,6 +102,12 @@ def _port(
     unused = [port for port in free if port not in taken.freed_ports]
     if unused or free:
         return (unused or free)[0]
+    if not pool:
+        return Refusal(
+            reason="port_forbidden",
+            why=f"its kind has only ports below {observed.lowest_port}, where this user may not listen",
+            would_help=(f"ports from {observed.lowest_port} on in sage.yaml: ports: {{{wanted.spec.kind}: ...}}",),
+        )
     return Refusal(
         reason="pool_exhausted",
         why=f"all {len(pool)} ports for kind {wanted.spec.kind} are taken",

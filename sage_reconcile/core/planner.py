@@ -260,18 +260,22 @@ def _ports(
     """Ports that stay in use, with who holds them, and ports that the stops set free."""
     staying = {desired.router.port: "the router"}
     freed: set[int] = set()
-    members = {process.pid for engine in observed.engines if engine.leader in stopping for process in engine.members}
+    members = {process.pid: engine for engine in observed.engines for process in engine.members}
     for listener in observed.listeners:
-        if listener.pids and set(listener.pids) <= members:
+        holders = [members[pid] for pid in listener.pids if pid in members]
+        if holders and len(holders) == len(listener.pids) and all(engine.leader in stopping for engine in holders):
             freed.add(listener.port)
+        elif len(holders) < len(listener.pids) or not holders:
+            staying[listener.port] = listener.owner
         else:
-            staying[listener.port] = listener.engine.full if listener.engine else listener.owner
+            staying[listener.port] = holders[0].id.full
     for engine in observed.engines:
         port = engine.resolved.placement.port
         if engine.leader in stopping:
             freed.add(port)
         else:
             staying[port] = engine.id.full
+    staying = dict.fromkeys(observed.busy_ports, "a connection of another program") | staying
     return staying, freed - set(staying)
 
 

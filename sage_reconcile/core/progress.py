@@ -345,6 +345,6 @@ def ended_how(code: int) -> str:
 def proof_order(engine: Engine, kind: str, model: str) -> Prove | None:
     """The request that would prove a healthy engine; None when it has been proved, or cannot be asked yet."""
     place = engine.resolved.placement
-    if engine.proved or engine.health != "ok" or place.port not in engine.listens_on:
+    if engine.proved or engine.intruder or engine.health != "ok" or place.port not in engine.listens_on:
         return None
     return Prove(engine=engine.id, leader=engine.leader, kind=kind, model=model, host=place.host, port=place.port)

@@ -28,7 +28,7 @@ def observe(doors: Doors) -> ObservedState:
     answering = tuple(
         engine
         for engine in unasked.engines
-        if engine.leader_alive and engine.resolved.placement.port in engine.listens_on
+        if engine.leader_alive and engine.resolved.placement.port in engine.listens_on and not engine.intruder
     )
     if not answering:
         return unasked

@@ -6,8 +6,9 @@ Facts come from /proc (proc(5)); nothing is judged here.
 import contextlib
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from sage_reconcile.core.facts import Gap, ListenerFact
 from sage_reconcile.world.failpoints import failpoint
@@ -16,40 +17,78 @@ _LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, include/net/tcp_states.h
 _CAP_NET_BIND_SERVICE = 10  # include/uapi/linux/capability.h
 
 
+class _Row(NamedTuple):
+    """One socket of /proc/net/tcp or tcp6, as its own end sees it."""
+
+    address: str
+    port: int
+    uid: int
+    inode: int
+    listens: bool
+
+
 def listeners(pids: Iterable[int]) -> tuple[tuple[ListenerFact, ...], tuple[Gap, ...]]:
     """Every listening TCP socket of this network namespace; its holders are looked for among `pids`."""
     holders: dict[int, list[int]] = {}
     try:
-        rows = _all_listening()
-        wanted = {inode for _, _, _, inode in rows}
+        rows = _listening()
+        wanted = {row.inode for row in rows}
         for pid in pids:
             for inode in _socket_inodes(pid) & wanted:
                 holders.setdefault(inode, []).append(pid)
         if wanted - set(holders):
             # A socket that closed with its process between the two looks is nobody's, and not an unknown's.
-            still = {inode for _, _, _, inode in _all_listening()}
-            rows = [row for row in rows if row[3] in holders or row[3] in still]
+            still = {row.inode for row in _listening()}
+            rows = [row for row in rows if row.inode in holders or row.inode in still]
     except OSError as error:
         return (), (Gap(what="listeners", why=f"cannot read /proc/net/tcp: {error.strerror}"),)
     return tuple(
-        ListenerFact(address=address, port=port, uid=uid, pids=tuple(sorted(holders.get(inode, []))))
-        for address, port, uid, inode in rows
+        ListenerFact(address=row.address, port=row.port, uid=row.uid, pids=tuple(sorted(holders.get(row.inode, []))))
+        for row in rows
     ), ()
 
 
-def _all_listening() -> list[tuple[str, int, int, int]]:
-    return [row for name in ("tcp", "tcp6") for row in _listening(Path(f"/proc/net/{name}"))]
+def _listening() -> list[_Row]:
+    return [row for row in _rows() if row.listens]
 
 
-def _listening(path: Path) -> Iterator[tuple[str, int, int, int]]:
-    """(address, port, uid, inode) of each listening socket. A machine without IPv6 has no such file."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="ascii").splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == _LISTEN:
+def _rows() -> Iterator[_Row]:
+    for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        # A machine without IPv6 has no such file.
+        for line in path.read_text(encoding="ascii").splitlines()[1:] if path.exists() else ():
+            fields = line.split()
             address, _, port = fields[1].partition(":")
-            yield _address(address), int(port, 16), int(fields[7]), int(fields[9])
+            yield _Row(
+                address=_address(address),
+                port=int(port, 16),
+                uid=int(fields[7]),
+                inode=int(fields[9]),
+                listens=fields[3] == _LISTEN,
+            )
+
+
+def busy_ports(asked: Collection[int]) -> tuple[int, ...]:
+    """Those of the ports on which nobody listens and nobody could: a client's connection has them, or had them before.
+
+    Only where the kernel shows a socket with such a port is it tried, by a bind that listens to nothing.
+    """
+    try:
+        rows = list(_rows()) if asked else []
+    except OSError:
+        return ()
+    listened = {row.port for row in rows if row.listens}
+    tried = sorted({row.port for row in rows if row.port in asked} - listened)
+    return tuple(port for port in tried if not _can_be_bound(port))
+
+
+def _can_be_bound(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _address(words: str) -> str:
