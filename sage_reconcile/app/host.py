@@ -130,7 +130,7 @@ class LocalHost:
             routers=read_routers(self.root),
             exits=exits,
             applied=self._applied.read(),
-            gaps=process_gaps + socket_gaps + tuple(_newer(path) for path in records.newer()),
+            gaps=(*process_gaps, *socket_gaps, *map(_newer, (*records.newer(), *self._applied.newer()))),
         )
 
     def healths(self, engines: tuple[Engine, ...]) -> tuple[HealthFact, ...]:
@@ -303,7 +303,7 @@ class LocalHost:
 
 
 def _newer(path: Path) -> Gap:
-    return Gap(what="records", why=f"{path} was written by a newer sage")
+    return Gap(what="state", why=f"{path} was written by a newer sage")
 
 
 def _question(engine: Engine) -> Question:

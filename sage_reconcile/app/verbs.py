@@ -129,6 +129,7 @@ def _make_room(root: Path, project: str, watcher: Watcher) -> None:
 
     Raises Environment and NewerState.
     """
+    refuse_newer_state(root)
     check_writable(root, project)
     for told in (*Records(root).mend(project), *JournalFile(root, project).mend()):
         watcher.note(told)
@@ -236,7 +237,8 @@ def _asked(
 
     def asked(engine: EngineId, source: str) -> bool:
         by_path = source in sources or engine.project in projects or (engine.project, engine.stack) in stacks
-        return everything or engine in named or by_path
+        all_of_it = everything and project in (None, engine.project)
+        return all_of_it or engine in named or by_path
 
     return asked
 

@@ -20,6 +20,8 @@ _MACHINE_IS_AT_ITS_END = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM,
 )  # fmt: skip
 
+_INTERRUPTED = "interrupted: sage status says what runs"
+
 INTERNAL, USAGE, INTERRUPTED, TERMINATED = 1, 64, 130, 143
 
 app = typer.Typer(
@@ -98,7 +100,7 @@ def _run(arguments: list[str] | None) -> int:
     except _CliMistake as error:
         return _told(f"error: {getattr(error, 'message', error)}\n  hint: see sage --help", USAGE)
     except (KeyboardInterrupt, typer.Abort):
-        return _told("interrupted: sage status says what runs", INTERRUPTED)
+        return _told(_INTERRUPTED, INTERRUPTED)
     except Terminated:
         return _told("terminated: sage status says what runs", TERMINATED)
     except MemoryError:
@@ -107,6 +109,9 @@ def _run(arguments: list[str] | None) -> int:
         return 0
     except Exception as error:  # noqa: BLE001 - the edge: whatever is left is our own mistake, and no traceback is shown
         return _unexpected(error)
+    if code == INTERRUPTED:
+        # typer makes an exit code of a KeyboardInterrupt by itself, and says nothing.
+        return _told(_INTERRUPTED, INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from sage_reconcile.core import health
 from sage_reconcile.core.facts import Facts, ListenerFact, ProcessFact, RecordFact
+from sage_reconcile.core.foreign import foreign, program_name
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
-from sage_reconcile.core.label import Label, parse_label
-from sage_reconcile.core.observed import Engine, Foreign, Listener, ObservedState, model_of
-from sage_reconcile.core.runtimes import recognise
+from sage_reconcile.core.label import GATE, Label, parse_label
+from sage_reconcile.core.observed import Engine, Listener, ObservedState, model_of
 from sage_reconcile.core.spec import IDENTITY_FIELDS, canonical_json
 
 
@@ -38,7 +38,7 @@ def assemble(facts: Facts) -> ObservedState:
         node=facts.node,
         boot_id=facts.boot_id,
         engines=tuple(sorted(engines, key=lambda engine: (engine.id, engine.leader))),
-        foreign=_foreign(processes, set(engine_of) | set(facts.own_pids), facts.listeners),
+        foreign=foreign(processes, set(engine_of) | set(facts.own_pids), facts.listeners, engines),
         listeners=_listeners(facts, processes, engine_of),
         lowest_port=facts.lowest_port,
         client_ports=facts.client_ports,
@@ -59,8 +59,8 @@ def _labels(processes: Iterable[ProcessFact], facts: Facts) -> dict[int, Label]:
     for fact in processes:
         if fact.uid != facts.uid or not fact.label or fact.identity.pid in facts.own_pids:
             continue
-        leads = fact.session == fact.identity.pid
-        gate = (fact.identity.pid, fact.identity.start_ticks, facts.namespace) if leads else None
+        waits = fact.session == fact.identity.pid and fact.argv[: len(GATE)] == GATE
+        gate = (fact.identity.pid, fact.identity.start_ticks, facts.namespace) if waits else None
         label = parse_label(dict(fact.label), gate=gate)
         if label is not None and label.leader[2] == facts.namespace:
             found[fact.identity.pid] = label
@@ -220,16 +220,7 @@ def _owner(fact: ListenerFact, by_pid: Mapping[int, ProcessFact]) -> str:
     if not fact.pids:
         return f"a process of uid {fact.uid}"
     pid = min(fact.pids)
-    return f"pid {pid} ({_program_name(by_pid[pid].argv) if pid in by_pid else 'gone'})"
-
-
-def _program_name(argv: tuple[str, ...]) -> str:
-    return _shown(argv[0].rsplit("/", 1)[-1]) if argv and argv[0] else "?"
-
-
-def _shown(words: str) -> str:
-    """Words of somebody else's command line, fit to be shown: without control characters and broken text."""
-    return "".join(letter if letter.isprintable() else "?" for letter in words[:200])
+    return f"pid {pid} ({program_name(by_pid[pid].argv) if pid in by_pid else 'gone'})"
 
 
 def _listeners(
@@ -253,54 +244,3 @@ def _without_members(fact: ListenerFact, engine_of: Mapping[int, EngineId]) -> L
     """The socket as held by those that are no engine's, where there are any: they keep it when the engine is gone."""
     others = tuple(pid for pid in fact.pids if pid not in engine_of)
     return replace(fact, pids=others or fact.pids)
-
-
-def _foreign(
-    processes: tuple[ProcessFact, ...], not_foreign: set[int], listeners: tuple[ListenerFact, ...]
-) -> tuple[Foreign, ...]:
-    """Engines started by somebody else, and what engines of ours left behind that is no longer provably theirs.
-
-    A wrapper and its child, or a server and its workers, are one engine: shown is the process that listens, else the
-    one that was started last.
-    """
-    seen = {fact.identity.pid: recognise(fact.argv) for fact in processes if fact.identity.pid not in not_foreign}
-    parents = {fact.identity.pid: fact.parent_pid for fact in processes}
-    families: dict[int, list[ProcessFact]] = {}
-    for fact in processes:
-        root = fact.identity.pid
-        if seen.get(root) is None:
-            continue
-        while seen.get(parents[root]) == seen[root]:
-            root = parents[root]
-        families.setdefault(root, []).append(fact)
-    listening = {pid for fact in listeners for pid in fact.pids}
-    shown = [
-        max(family, key=lambda fact: (fact.identity.pid in listening, fact.identity.start_ticks))
-        for family in families.values()
-    ]
-    recognised = [
-        Foreign(
-            pid=fact.identity.pid,
-            name=_program_name(fact.argv),
-            user=fact.user,
-            kind=engine.kind,
-            model=_shown(engine.model),
-            port=engine.port,
-        )
-        for fact in shown
-        if (engine := seen[fact.identity.pid]) is not None
-    ]
-    left_behind = [
-        Foreign(
-            pid=fact.identity.pid,
-            name=_program_name(fact.argv),
-            user=fact.user,
-            kind="?",
-            model="?",
-            port=min((socket.port for socket in listeners if fact.identity.pid in socket.pids), default=None),
-            note=f"its output goes to {fact.output[0]}, and nothing else proves that it is an engine's",
-        )
-        for fact in processes
-        if fact.output and fact.identity.pid in seen and seen[fact.identity.pid] is None
-    ]
-    return tuple(sorted([*recognised, *left_behind], key=lambda foreign: foreign.pid))

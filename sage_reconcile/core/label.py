@@ -10,6 +10,12 @@ from sage_reconcile.core.resolved import Resolved, parse_resolved, resolved_json
 from sage_reconcile.core.spec import canonical_json
 
 PROJECT, SOURCE, ENGINE, SPEC, PLACEMENT = "SAGE_PROJECT", "SAGE_SOURCE", "SAGE_ENGINE", "SAGE_SPEC", "SAGE_PLACEMENT"
+# The gate: the process waits for one line, which is its own identity, and becomes the engine. If sage dies before it
+# writes that line, the gate reads end-of-file and exits; so nothing ever runs that was not written down first.
+GATE = (
+    "/bin/sh", "-c", 'read -r SAGE_LEADER || exit 111; export SAGE_LEADER; exec "$@" </dev/null', "sage-gate",
+)  # fmt: skip
+
 # "PID:START_TICKS:NAMESPACE" of the engine's first process; the last is the inode of its pid namespace. The
 # gate exports it when it is released, so every process of the
 # engine names the one leader, and a child that makes a session of its own is not taken for a second engine.

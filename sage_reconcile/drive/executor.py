@@ -111,11 +111,15 @@ def _step(plan: Plan, progress: Progress, observed: ObservedState, host: Host, j
     for index in begun:
         journal.append(ActBegun(at=host.wall_clock(), act=index))
     told = progress
+    refused: set[int] = set()
     for index, order in orders:
+        if index in refused:
+            continue  # What could not be written down is not done: no signal follows a mark that is not there.
         try:
             result = host.do(order)
         except SageError as error:
             # The machine did not let it: the act has failed, and what to do about that is decided as ever.
+            refused.add(index)
             progress = failed(progress, index, error.message, environment=isinstance(error, Environment))
             continue
         if isinstance(result, Spawned):

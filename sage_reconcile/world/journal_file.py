@@ -1,6 +1,7 @@
 """The journal: one line for each thing that was done, on the disk before the next is done."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from sage_reconcile.core.facts import AppliedFact
@@ -8,7 +9,14 @@ from sage_reconcile.core.journal import Entry, JournalBegun, entry_json, is_newe
 from sage_reconcile.world.damaged import set_aside
 from sage_reconcile.world.failpoints import failpoint
 from sage_reconcile.world.records import newer_state
-from sage_reconcile.world.state import cannot_write, keep_as, matches, private_directory, sync_directory, write_whole
+from sage_reconcile.world.state import (
+    cannot_write,
+    keep_as,
+    private_directory,
+    sync_directory,
+    trusted_matches,
+    write_whole,
+)
 
 _NAME = "journal.jsonl"
 
@@ -115,13 +123,21 @@ def _size(path: Path) -> int:
 
 def read_journal(path: Path) -> tuple[Entry, ...]:
     """What was done, as far as it can be read; a line that was cut by a crash tells nothing."""
-    entries = [parse_entry(line) for line in _lines(path)[0]]
+    return _entries(_lines(path)[0])
+
+
+def _entries(lines: list[bytes]) -> tuple[Entry, ...]:
+    entries = [parse_entry(line) for line in lines]
     return tuple(entry for entry in entries if entry is not None and not isinstance(entry, JournalBegun))
 
 
-def newer_journals(root: Path) -> tuple[Path, ...]:
-    """The journals that a newer sage wrote into."""
-    return tuple(path for path in matches(root, f"*/{_NAME}") if any(is_newer(line) for line in _lines(path)[0]))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """What a journal said when it was last read. `version` is its time and size then."""
+
+    version: tuple[int, int]
+    applied: tuple[AppliedFact, ...]
+    is_newer: bool
 
 
 class AppliedRevisions:
@@ -129,17 +145,34 @@ class AppliedRevisions:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._seen: dict[Path, tuple[tuple[int, int], tuple[AppliedFact, ...]]] = {}
+        self._seen: dict[Path, _Seen] = {}
 
     def read(self) -> tuple[AppliedFact, ...]:
-        applied: list[AppliedFact] = []
-        for path in matches(self._root, f"*/{_NAME}"):
+        self._look()
+        return tuple(fact for _, seen in sorted(self._seen.items()) for fact in seen.applied)
+
+    def newer(self) -> tuple[Path, ...]:
+        """The journals that a newer sage wrote into."""
+        self._look()
+        return tuple(path for path, seen in sorted(self._seen.items()) if seen.is_newer)
+
+    def _look(self) -> None:
+        found: dict[Path, _Seen] = {}
+        for path in trusted_matches(self._root, f"*/{_NAME}"):
             try:
-                found = path.stat()
+                status = path.stat()
             except OSError:
                 continue
-            version = (found.st_mtime_ns, found.st_size)
-            if path not in self._seen or self._seen[path][0] != version:
-                self._seen[path] = (version, last_applied(read_journal(path)))
-            applied += self._seen[path][1]
-        return tuple(applied)
+            version = (status.st_mtime_ns, status.st_size)
+            before = self._seen.get(path)
+            found[path] = before if before is not None and before.version == version else _read(path, version)
+        self._seen = found
+
+
+def _read(path: Path, version: tuple[int, int]) -> _Seen:
+    lines, _ = _lines(path)
+    return _Seen(
+        version=version,
+        applied=last_applied(_entries(lines)),
+        is_newer=any(is_newer(line) for line in lines),
+    )

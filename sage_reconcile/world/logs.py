@@ -59,7 +59,10 @@ def new_log(path: Path) -> int:
         failpoint("log.begin")
         if path.exists():
             path.replace(previous_log(path))
-        older_log(path).unlink(missing_ok=True)
+        # What was cut from a log belongs to its process: it goes with it.
+        older_log(previous_log(path)).unlink(missing_ok=True)
+        if older_log(path).exists():
+            older_log(path).replace(older_log(previous_log(path)))
         failpoint("log.kept")
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         failpoint("log.opened")

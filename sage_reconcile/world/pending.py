@@ -1,5 +1,6 @@
 """A question under way in a thread of its own: an answer that may never come must not keep anybody waiting."""
 
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -15,11 +16,16 @@ class Pending(Generic[_T]):
     not keep a command from returning. The executors of concurrent.futures do wait.
     """
 
+    # Raises OSError when no thread can be started.
     def __init__(self, ask: Callable[[], _T]) -> None:
         self.begun_at = time.monotonic()
         self._answers: list[_T] = []
         self._answered = threading.Event()
-        threading.Thread(target=self._run, args=(ask,), daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(ask,), daemon=True).start()
+        except RuntimeError as error:
+            # The kernel's EAGAIN, which Python tells as a mistake of the program (pthread_create(3)).
+            raise OSError(errno.EAGAIN, "no thread can be started") from error
 
     def _run(self, ask: Callable[[], _T]) -> None:
         try:

@@ -19,14 +19,10 @@ import psutil
 
 from sage_reconcile.core.facts import ExitFact, Gap, ProcessFact
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
-from sage_reconcile.core.label import LEADER, leader_text
+from sage_reconcile.core.label import GATE, LEADER, leader_text
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.world.failpoints import failpoint
 from sage_reconcile.world.sockets import held_port
-
-# The gate: the process waits for one line, which is its own identity, and becomes the engine. If sage dies before it
-# writes that line, the gate reads end-of-file and exits; so nothing ever runs that was not written down first.
-_GATE = 'read -r SAGE_LEADER || exit 111; export SAGE_LEADER; exec "$@" </dev/null'
 
 # What an engine inherits from sage's own environment. Everything else comes from its manifest or from sage.
 _INHERITED = (
@@ -276,7 +272,7 @@ def spawn(
     try:
         failpoint("gate.begin")
         process = subprocess.Popen(
-            ["/bin/sh", "-c", _GATE, "sage-gate", *argv],
+            [*GATE, *argv],
             stdin=subprocess.PIPE,
             stdout=log_fd,
             stderr=log_fd,

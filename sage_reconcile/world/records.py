@@ -16,7 +16,7 @@ from sage_reconcile.core.spec import canonical_json, parse_written
 from sage_reconcile.errors import NewerState
 from sage_reconcile.world.damaged import set_aside
 from sage_reconcile.world.failpoints import failpoint
-from sage_reconcile.world.state import cannot_write, matches, write_whole
+from sage_reconcile.world.state import cannot_write, matches, trusted_matches, write_whole
 
 FORMAT = 1
 
@@ -44,12 +44,12 @@ class Records:
 
     def read(self) -> tuple[RecordFact, ...]:
         """Every record that can be read. What cannot be read says nothing, and stops nobody."""
-        found = [self._read(path) for path in matches(self._root, "*/engines/*.json")]
+        found = [self._read(path) for path in trusted_matches(self._root, "*/engines/*.json")]
         return tuple(record for record in found if record is not None)
 
     def newer(self) -> tuple[Path, ...]:
         """The files that a newer sage wrote."""
-        paths = [path for ending in ("json", "proof") for path in matches(self._root, f"*/engines/*.{ending}")]
+        paths = [path for ending in ("json", "proof") for path in trusted_matches(self._root, f"*/engines/*.{ending}")]
         return tuple(path for path in paths if _contents(path).state == "newer")
 
     def mend(self, project: str) -> tuple[str, ...]:

@@ -12,23 +12,27 @@ from pydantic import TypeAdapter, ValidationError
 
 from sage_reconcile.core.facts import RouterFact
 from sage_reconcile.errors import Environment
-from sage_reconcile.world.state import matches, private_directory, sweep, write_whole
+from sage_reconcile.world.state import matches, private_directory, sweep, trusted_matches, write_whole
 
 _FACT = TypeAdapter(RouterFact)
+
+# Ten thousand engines fit.
+_LONGEST_BYTES = 4 * 1024 * 1024
 
 
 def read_routers(root: Path) -> tuple[RouterFact, ...]:
     """The live routers. One that holds its lock and cannot be read is there all the same, and has drained nothing."""
     return tuple(
         _read(path.with_suffix(".json")) or RouterFact(pid=int(path.stem))
-        for path in matches(root, "routers/*.lock")
+        for path in trusted_matches(root, "routers/*.lock")
         if path.stem.isascii() and path.stem.isdigit() and _is_held(path)
     )
 
 
 def _read(path: Path) -> RouterFact | None:
     try:
-        return _FACT.validate_json(path.read_bytes())
+        with path.open("rb") as file:
+            return _FACT.validate_json(file.read(_LONGEST_BYTES))
     except (OSError, ValidationError):
         return None
 

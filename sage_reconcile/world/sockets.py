@@ -121,16 +121,26 @@ def _kernel_numbers(path: str, otherwise: tuple[int, ...]) -> tuple[int, ...]:
 
 def _socket_inodes(pid: int) -> set[int]:
     """Inodes of the sockets that a process holds; empty for one that may not be looked into."""
-    inodes = set()
-    try:
-        for entry in os.scandir(f"/proc/{pid}/fd"):
+    inodes = _inodes_in(f"/proc/{pid}/fd")
+    if inodes is None:
+        # The first thread has ended, and with it this list; that of another thread is the same.
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                inodes = inodes or _inodes_in(f"/proc/{pid}/task/{thread}/fd")
+    return inodes or set()
+
+
+def _inodes_in(directory: str) -> set[int] | None:
+    """Inodes of the sockets among the descriptors in a directory; None when there are no descriptors to be seen."""
+    inodes, is_empty = set(), True
+    with contextlib.suppress(PermissionError, FileNotFoundError, ProcessLookupError):
+        for entry in os.scandir(directory):
+            is_empty = False
             with contextlib.suppress(FileNotFoundError):
                 target = os.readlink(entry.path)
                 if target.startswith("socket:["):
                     inodes.add(int(target[8:-1]))
-    except (PermissionError, FileNotFoundError, ProcessLookupError):
-        return inodes
-    return inodes
+    return None if is_empty else inodes
 
 
 def held_port(host: str, port: int, *, hold: bool) -> socket.socket | None:

@@ -113,6 +113,23 @@ def matches(root: Path, pattern: str) -> list[Path]:
         return []
 
 
+def trusted_matches(root: Path, pattern: str) -> list[Path]:
+    """The paths that match and may be believed: no directory between the root and them is open to others."""
+    closed: dict[Path, bool] = {}
+
+    def is_closed(directory: Path) -> bool:
+        if directory not in closed:
+            try:
+                found = directory.lstat()
+            except OSError:
+                return False
+            ours = file_stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+            closed[directory] = ours and (directory == root or is_closed(directory.parent))
+        return closed[directory]
+
+    return [path for path in matches(root, pattern) if is_closed(path.parent)]
+
+
 def write_whole(path: Path, text: str, *, what: str) -> None:
     """Put the file in place at once: after a crash it has the old content or the new, never a part.
 

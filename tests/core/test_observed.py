@@ -152,7 +152,11 @@ def test_a_partial_label_makes_no_engine(missing: str) -> None:
 def test_a_process_at_the_gate_is_already_its_engine() -> None:
     """The gate learns its own name last; a look in between must not take the engine for gone."""
     gate = tuple(entry for entry in labelled(identity(100)) if entry[0] != label.LEADER)
-    assert the_engine(facts(process(100, label=gate))).leader == identity(100)
+    argv = (*label.GATE, "/usr/bin/llama-server")
+    assert the_engine(facts(process(100, label=gate, argv=argv))).leader == identity(100)
+    # Any other program with such an environment is somebody who inherited it.
+    assert assemble(facts(process(100, label=gate))).engines == ()
+    assert assemble(facts(process(100, session=99, label=gate, argv=argv))).engines == ()
 
 
 @pytest.mark.parametrize("name", [label.ENGINE, label.SPEC, label.PLACEMENT, label.LEADER])

@@ -226,11 +226,6 @@ def read(path: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="drive/executor.py, _step: an order that fails ends its act, and its later orders of that look are given all "
-    "the same: SIGTERM follows a mark that could not be written, and on a full disk nothing can be put back",
-)
 @pytest.mark.parametrize("command", ["apply", "down"])
 def test_d1_engine_whose_stop_cannot_be_written_down_goes_on_running(place: Place, command: str) -> None:
     """The disk has room for the journal's line and none for the record's mark: the stop has failed before it began."""
@@ -544,10 +539,6 @@ def test_d5_files_that_were_damaged_stop_no_command_and_no_engine(place: Place) 
     place.assert_at_rest()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="world/router_files.py, _read: takes the whole file into memory, unlike records and journal",
-)
 def test_d5_giant_file_of_a_live_router_costs_no_memory(place: Place) -> None:
     with live_router(place) as router:
         sparse(router)
@@ -651,11 +642,6 @@ def test_d6_state_of_a_newer_sage_is_refused_left_as_it_is_and_told_by_status(pl
         path.write_bytes(whole)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="app/host.py, LocalHost.facts: the gaps name newer records and not newer journals, so status shows "
-    "the engine as undeclared and says nothing of the journal",
-)
 def test_d6_status_says_that_it_could_not_read_the_journal_of_a_newer_sage(place: Place) -> None:
     JournalFile(place.state, place.project).append(BEGUN)
     make_newer(journal_path(place))
@@ -666,11 +652,6 @@ def test_d6_status_says_that_it_could_not_read_the_journal_of_a_newer_sage(place
     assert [gap["why"] for gap in told["gaps"] if str(journal_path(place)) in gap["why"]] != []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="app/verbs.py, apply: _make_room mends the records before the journal is looked at, and before "
-    "refuse_newer_state, so a damaged record is moved by an apply that is refused for a newer state",
-)
 def test_d6_nothing_is_mended_beside_the_file_of_a_newer_sage(place: Place) -> None:
     place.write(fake("chat"))
     JournalFile(place.state, place.project).append(BEGUN)
@@ -880,11 +861,6 @@ def plant(place: Place, pid: int, project: Path) -> Path:
     return made.rename(project / "engines" / made.name)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="world/records.py, Records.read: believes what lies below directories that others may write to; only the "
-    "root, and those of the very project that is changed, are looked at. SIGTERM goes to an innocent process of ours",
-)
 def test_d8_record_in_a_directory_below_that_others_may_write_to_makes_nobody_an_engine(place: Place) -> None:
     """The root may be looked into and is closed to writers; the directory of another project in it is open to all."""
     place.write(fake("chat"))

@@ -398,11 +398,6 @@ def test_p16_engine_whose_first_thread_has_ended_counts_as_alive_and_can_be_stop
     assert not listens(place.ports[0])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="world/sockets.py _socket_inodes reads /proc/PID/fd, which is empty once the first thread has ended; "
-    "/proc/PID/task/*/fd still tells. The engine serves, and is called unready: answered by a process of uid N",
-)
 def test_p16_engine_whose_first_thread_has_ended_still_holds_its_port(place: Place, threadless: int) -> None:
     row = place.engines()["lab/chat"]
 
@@ -485,10 +480,6 @@ def test_p19_identical_engine_that_was_started_by_hand_is_shown_and_never_touche
         assert twin.poll() is None
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="core/observed.py _foreign shows only what core/runtimes recognises, and `command` recognises nothing",
-)
 def test_p19_identical_engine_of_a_command_is_shown_too(place: Place) -> None:
     place.write(fake("chat"))
     place.apply()
@@ -539,11 +530,6 @@ def test_p19_processes_with_a_part_of_a_label_or_a_forged_one_are_never_signalle
         assert [sleeper.poll() for sleeper in sleepers] == [None] * len(forged)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="core/observed.py _labels takes every session leader without SAGE_LEADER for an engine at its gate; "
-    "the gate is known by its argv (world/processes.py _GATE), and that is not asked",
-)
 def test_p19_session_leader_with_a_label_that_names_no_leader_is_never_signalled(place: Place) -> None:
     """As an engine at its gate, and yet none: the gate is a shell of sage's, and this is not."""
     place.write(fake("chat", update=_QUICK))
@@ -575,9 +561,6 @@ def test_p19_engines_of_another_project_are_left_alone(place: Place) -> None:
     place.sage("down", str(other), "-y")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="app/verbs.py _asked: `down --all -p X` stops the engines of every project and never looks at X"
-)
 def test_p19_down_of_all_engines_of_one_project_leaves_the_others_alone(tmp_path: Path) -> None:
     """In a pid namespace: should it go wrong, the engines of other tests must not be within reach."""
     inside(("pid",), stop_all_of_one_project, str(tmp_path))
@@ -662,16 +645,10 @@ def test_p24_program_of_another_architecture_is_told_and_leaves_nothing(place: P
 
     ran = failed_start(place, program)
 
-    assert re.search("cannot be executed|another architecture|format error", ran.stderr)
+    assert re.search("cannot be executed|another architecture|format error", ran.stdout + ran.stderr)
     assert not (place.manifests / "made-by-garbage").exists()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="world/processes.py _GATE: a POSIX shell that may not exec a file runs it as a script of its own, so the "
-    "lines of a readme are commands, and what is told is what the last of them made of it: exited with code 127; "
-    "world/programs.py could refuse what is neither a binary nor begins with #!",
-)
 def test_p24_text_that_is_no_script_is_not_run_as_one(place: Place) -> None:
     program = program_of(place, b"Read me first\n>made-by-garbage\nnothing-of-this-name\n")
 
@@ -756,10 +733,6 @@ def test_p25_whatever_number_of_descriptors_there_is_nothing_is_left_or_set_asid
     place.assert_at_rest()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="world/probes.py _Pending: Thread.start() raises RuntimeError, which ends as sage's own mistake with 1",
-)
 def test_p25_no_thread_that_can_be_started_ends_an_apply_cleanly(place: Place) -> None:
     """RLIMIT_NPROC refuses threads and forks, and spares root; stacks that no memory can hold refuse threads to all."""
     place.write(fake("good"))
