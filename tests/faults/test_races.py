@@ -106,7 +106,7 @@ print("held before and after:", before == held(), before, held())
 
 @pytest.mark.timeout(3600)
 def test_a_process_that_starts_and_stops_engines_again_and_again_keeps_nothing(place: Place) -> None:
-    place.write(fake("chat", "--fork-child"), fake("embed", kind="embedding", depends_on=["chat"]))
+    place.write(fake("chat"), fake("embed", kind="embedding"))
 
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(place.manifests), str(place.state), str(CYCLES)],
