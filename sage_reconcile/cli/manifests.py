@@ -1,13 +1,11 @@
 """`sage validate` and `sage schema`: manifests, offline."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sage_reconcile.cli.options import Paths, Project, chosen
-from sage_reconcile.errors import Environment
+from sage_reconcile.cli.options import Out, Paths, Project, chosen, print_or_write
 
 if TYPE_CHECKING:
     from sage_reconcile.world.manifest_problems import ProblemsFound
@@ -53,15 +51,9 @@ def _problems(found: "ProblemsFound") -> list[dict[str, Any]]:
     ]
 
 
-def schema(out: Annotated[str | None, typer.Option("--out", help="Write it to this file.")] = None) -> None:
+def schema(out: Out = None) -> None:
     """Print the JSON Schema of a manifest, for editors and CI."""
     from sage_reconcile.core.schema import stack_schema_json
 
     text = stack_schema_json()
-    if out is None:
-        print(text)
-        return
-    try:
-        Path(out).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise Environment(f"cannot write {out}: {error.strerror}") from error
+    print_or_write(text, out)

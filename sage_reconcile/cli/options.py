@@ -2,11 +2,12 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sage_reconcile.errors import Usage
+from sage_reconcile.errors import Environment, Usage
 from sage_reconcile.render.paint import Paint
 
 Paths = Annotated[
@@ -14,6 +15,7 @@ Paths = Annotated[
 ]
 Project = Annotated[str | None, typer.Option("-p", "--project", help="The project's name.")]
 Colour = Annotated[str, typer.Option("--color", metavar="auto|always|never", help="Colour in the output.")]
+Out = Annotated[str | None, typer.Option("--out", metavar="FILE", help="Write it to this file.")]
 Yes = Annotated[bool, typer.Option("-y", "--yes", "--auto-approve", help="Do not ask.")]
 
 
@@ -43,3 +45,14 @@ def seconds_option(name: str, value: str | None) -> float | None:
         return seconds_of(value)
     except ValueError as error:
         raise Usage(f"{name}: {error}") from error
+
+
+def print_or_write(text: str, out: str | None) -> None:
+    """A result on stdout, or in a file. Raises Environment when the file cannot be written."""
+    if out is None:
+        print(text)
+        return
+    try:
+        Path(out).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise Environment(f"cannot write {out}: {error.strerror}") from error

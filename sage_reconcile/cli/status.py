@@ -3,12 +3,11 @@
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sage_reconcile.cli.options import Colour, Paths, Project, chosen, paint_for, seconds_option
+from sage_reconcile.cli.options import Colour, Out, Paths, Project, chosen, paint_for, print_or_write, seconds_option
 from sage_reconcile.errors import Environment
 
 _NOT_AS_WANTED = 2
@@ -92,16 +91,9 @@ def gpu(
 def snapshot(
     paths: Paths = None,
     project: Project = None,
-    out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="Write it to this file.")] = None,
+    out: Out = None,
 ) -> None:
     """Write down what is seen on this machine, and what the manifests of the paths would need of it."""
     from sage_reconcile.app.waiting import snapshot as look
 
-    text = look(tuple(paths or ()), project)
-    if out is None:
-        print(text)
-        return
-    try:
-        Path(out).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise Environment(f"cannot write {out}: {error.strerror}") from error
+    print_or_write(look(tuple(paths or ()), project), out)
