@@ -22,6 +22,7 @@ from sage_reconcile.drive.observer import observe
 from sage_reconcile.errors import Environment
 from sage_reconcile.world import processes, sockets
 from sage_reconcile.world.failpoints import failpoint
+from sage_reconcile.world.gpus import Gpus
 from sage_reconcile.world.journal_file import AppliedRevisions
 from sage_reconcile.world.logs import cut_long_log, log_path, new_log
 from sage_reconcile.world.probes import Prober, Question
@@ -58,6 +59,7 @@ class LocalHost:
     boot: str = field(default_factory=processes.boot_id)
     node: str = field(default_factory=processes.node_name)
     _prober: Prober = field(default_factory=Prober)
+    _gpus: Gpus = field(default_factory=Gpus)
     _children: processes.Children = field(default_factory=processes.Children)
     _holds: dict[ProcessIdentity, processes.Gated] = field(default_factory=dict)
 
@@ -108,6 +110,8 @@ class LocalHost:
     def facts(self) -> Facts:
         records = Records(self.root)
         found, process_gaps = processes.processes(node=self.node, boot=self.boot, logs=str(self.root))
+        # After the processes were listed: whose memory it is, is known of each but the newest.
+        devices, device_gaps = self._gpus.look()
         listeners, socket_gaps = sockets.listeners(fact.identity.pid for fact in found if fact.alive)
         # After the processes were listed: one that is not among them has ended, and its end is known.
         exits = self._children.reap()
@@ -120,6 +124,7 @@ class LocalHost:
             processes=found,
             own_pids=processes.own_pids(),
             listeners=listeners,
+            devices=devices,
             lowest_port=sockets.lowest_port(),
             client_ports=sockets.client_ports(),
             busy_ports=sockets.busy_ports(self.lookup.ports),
@@ -130,7 +135,7 @@ class LocalHost:
             routers=read_routers(self.root),
             exits=exits,
             applied=self._applied.read(),
-            gaps=(*process_gaps, *socket_gaps, *map(_newer, (*records.newer(), *self._applied.newer()))),
+            gaps=(*process_gaps, *socket_gaps, *device_gaps, *map(_newer, (*records.newer(), *self._applied.newer()))),
         )
 
     def healths(self, engines: tuple[Engine, ...]) -> tuple[HealthFact, ...]:

@@ -78,14 +78,15 @@ def wait(
 
 def gpu(
     output: Annotated[str, typer.Option("-o", "--output", metavar="text|json")] = "text",
+    color: Colour = "auto",
 ) -> None:
-    """Show the GPUs. This version observes none."""
+    """Show the GPUs, and whose their memory is."""
     from sage_reconcile.app.project import local_host
-    from sage_reconcile.render.status_text import gpu_json, gpu_text
+    from sage_reconcile.render.gpu_text import gpu_json, gpu_text
 
     chosen("-o", output, ("text", "json"))
     observed = local_host().look()
-    print(json.dumps(gpu_json(observed), indent=2) if output == "json" else gpu_text(observed))
+    print(json.dumps(gpu_json(observed), indent=2) if output == "json" else gpu_text(observed, paint_for(color)))
 
 
 def snapshot(

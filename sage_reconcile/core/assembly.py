@@ -13,6 +13,8 @@ from sage_reconcile.core.facts import Facts, ListenerFact, ProcessFact, RecordFa
 from sage_reconcile.core.foreign import foreign, program_name
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.label import GATE, Label, parse_label
+from sage_reconcile.core.ledger import gaps as device_gaps
+from sage_reconcile.core.ledger import ledger, measured
 from sage_reconcile.core.observed import Engine, Listener, ObservedState, model_of
 from sage_reconcile.core.spec import IDENTITY_FIELDS, canonical_json
 
@@ -33,10 +35,12 @@ def assemble(facts: Facts) -> ObservedState:
         for leader, pids in sorted(members.items())
     )
     engine_of = {process.pid: engine.id for engine in engines for process in engine.members}
+    by_pid = {fact.identity.pid: fact for fact in processes}
     return ObservedState(
         taken_at=facts.taken_at,
         node=facts.node,
         boot_id=facts.boot_id,
+        devices=ledger(facts.devices, engines, by_pid, facts.node),
         engines=tuple(sorted(engines, key=lambda engine: (engine.id, engine.leader))),
         foreign=foreign(processes, set(engine_of) | set(facts.own_pids), facts.listeners, engines),
         listeners=_listeners(facts, processes, engine_of),
@@ -49,7 +53,7 @@ def assemble(facts: Facts) -> ObservedState:
         routers=tuple(sorted(facts.routers, key=lambda router: router.pid)),
         exits=tuple(sorted(facts.exits, key=lambda exit_fact: exit_fact.leader)),
         applied=tuple(sorted(facts.applied, key=lambda applied: applied.engine)),
-        gaps=tuple(sorted(facts.gaps, key=lambda gap: (gap.what, gap.subject, gap.why))),
+        gaps=tuple(sorted(facts.gaps + device_gaps(facts.devices), key=lambda gap: (gap.what, gap.subject, gap.why))),
     )
 
 
@@ -151,6 +155,7 @@ def _engine(leader: ProcessIdentity, processes: list[ProcessFact], label: Label,
         listens_on=tuple(sorted({fact.port for fact in sockets if _answers_at(fact.address, host)})),
         exposed=_exposed(sockets),
         intruder=_intruder(resolved.placement.port, pids, facts),
+        measured_bytes=measured(pids, facts.devices),
         in_flight=sum(count for router in facts.routers for key, count in router.in_flight if key == leader),
         started_at=record.started_at if record else 0.0,
         restarts=record.restarts if record else 0,

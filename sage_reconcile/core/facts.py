@@ -41,6 +41,44 @@ class ListenerFact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceProcess:
+    """What one process uses of a device, as the driver tells it."""
+
+    pid: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceFact:
+    """A GPU, or a MIG slice of one: then the GPU itself is no device."""
+
+    # The GPU's index as NVML counts, in the order of the PCI bus; slices have that of their GPU.
+    index: int
+    uuid: str
+    name: str
+    total_bytes: int
+    # What the driver keeps for itself; total is not used + free.
+    reserved_bytes: int
+    # Used by processes, without what is reserved.
+    used_bytes: int
+    processes: tuple[DeviceProcess, ...] = ()
+    # Whether the driver told for every process what it uses.
+    processes_known: bool = True
+    # None, here and below, where the device does not offer it.
+    utilization_percent: int | None = None
+    temperature_celsius: int | None = None
+    power_watts: float | None = None
+    # Sentences about what is wrong with it.
+    troubles: tuple[str, ...] = ()
+    numa_node: int | None = None
+    bus_id: str = ""
+    # The UUID of the GPU that a slice is of; empty for a GPU.
+    parent: str = ""
+    # UUIDs of the GPUs that it reaches through NVLink.
+    links: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramFact:
     """A program that an engine may need."""
 
@@ -166,6 +204,7 @@ class Facts:
     # sage itself and its ancestors: never members of an engine.
     own_pids: tuple[int, ...] = ()
     listeners: tuple[ListenerFact, ...] = ()
+    devices: tuple[DeviceFact, ...] = ()
     # The lowest TCP port that this user may listen on.
     lowest_port: int = 1
     # The first and last port that the kernel gives to clients; (0, 0) for none.

@@ -1,6 +1,7 @@
 """The world as it is, with a meaning: engines, foreign processes, sockets and gaps. Values only."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pydantic import TypeAdapter
@@ -20,16 +21,44 @@ from sage_reconcile.core.spec import EngineSpec, parse_written, served_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """A process that is no engine's of ours and uses memory of a device: a constraint, never a target."""
+
+    pid: int
+    name: str
+    user: str
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """A GPU or MIG slice. This version observes none; plans and audits already carry them."""
+    """A GPU or MIG slice, and whose its memory is."""
 
     node: str
     index: int
     uuid: str
     name: str
     total_bytes: int
-    # Memory that nothing may be placed on: used by foreign processes or reserved by the driver.
-    unavailable_bytes: int = 0
+    # What the driver keeps for itself.
+    reserved_bytes: int = 0
+    # What processes use, ours and others'.
+    used_bytes: int = 0
+    # The part of it that is not our engines': of foreign processes, of dead ones, or of nobody that the driver names.
+    foreign_bytes: int = 0
+    holders: tuple[Holder, ...] = ()
+    # Devices of one island reach each other fast.
+    island: int = 0
+    utilization_percent: int | None = None
+    temperature_celsius: int | None = None
+    power_watts: float | None = None
+    troubles: tuple[str, ...] = ()
+    # The UUID of the GPU that a slice is of; empty for a GPU.
+    parent: str = ""
+
+    @property
+    def unavailable_bytes(self) -> int:
+        """Memory that no engine of ours can have."""
+        return min(self.reserved_bytes + self.foreign_bytes, self.total_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +89,8 @@ class Engine:
     # A sentence about whoever else listens on its port; empty when nobody does. What answers there proves nothing then.
     intruder: str = ""
     in_flight: int = 0
+    # What its members use of each device, by UUID, as the driver tells it.
+    measured_bytes: tuple[tuple[str, int], ...] = ()
     # Epoch seconds; 0 when not known.
     started_at: float = 0.0
     restarts: int = 0
@@ -133,6 +164,21 @@ def project_engines(observed: ObservedState, project: str) -> tuple[Engine, ...]
     """The engines of one project, in the order of their ids, an older leader before a newer."""
     mine = [engine for engine in observed.engines if engine.id.project == project]
     return tuple(sorted(mine, key=lambda engine: (engine.id, engine.leader.start_ticks, engine.leader.pid)))
+
+
+def held_bytes(engine: Engine, uuid: str) -> int:
+    """What an engine counts for on a device: what it was given, or what it uses where that is more.
+
+    So it counts for all of it while its weights still load.
+    """
+    place = engine.resolved.placement
+    declared = place.memory_bytes_per_device if uuid in place.devices else 0
+    return max(declared, dict(engine.measured_bytes).get(uuid, 0))
+
+
+def free_bytes(device: Device, engines: Iterable[Engine]) -> int:
+    """What is free for placing: total - reserved - foreign - what our engines hold; below 0 when over-full."""
+    return device.total_bytes - device.unavailable_bytes - sum(held_bytes(engine, device.uuid) for engine in engines)
 
 
 def spec_of(engine: Engine) -> EngineSpec | None:

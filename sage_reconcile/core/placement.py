@@ -49,13 +49,19 @@ def placement(
     if needs_gpu(wanted.spec):
         return Refusal(
             reason="no_device",
-            why=f"it needs a GPU, and none is observed on {observed.node}: this version places CPU engines only",
+            why=_why_no_device(observed),
             would_help=("use_gpu: false",),
         )
     port = _port(wanted, desired, observed, predecessor, taken)
     if isinstance(port, Refusal):
         return port
     return Placement(node=observed.node, host=ENGINE_HOST, port=port)
+
+
+def _why_no_device(observed: ObservedState) -> str:
+    if not observed.devices:
+        return f"it needs a GPU, and none is observed on {observed.node}"
+    return "it needs a GPU, and this version only shows GPUs: it places engines on the CPU"
 
 
 def _pinned(resolved: Resolved, taken: Taken) -> Placement | Refusal:

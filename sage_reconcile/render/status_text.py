@@ -6,6 +6,7 @@ from sage_reconcile.core.facts import AppliedFact, RecordFact
 from sage_reconcile.core.observed import Engine, ObservedState, model_of, spec_of
 from sage_reconcile.core.quantities import duration_text
 from sage_reconcile.core.spec import parse_written, served_model
+from sage_reconcile.render.gpu_text import devices_json
 from sage_reconcile.render.paint import PLAIN, Paint, columns
 from sage_reconcile.render.plan_json import FORMAT_VERSION, timestamp
 
@@ -119,12 +120,17 @@ def status_json(
                 "kind": foreign.kind,
                 "model": foreign.model,
                 "port": foreign.port,
-                "devices": {},
+                "devices": {
+                    device.uuid: holder.used_bytes
+                    for device in observed.devices
+                    for holder in device.holders
+                    if holder.pid == foreign.pid
+                },
                 "note": foreign.note,
             }
             for foreign in observed.foreign
         ],
-        "devices": [],
+        "devices": devices_json(observed),
         "suspended": [],
         "gaps": [{"what": gap.what, "why": gap.why} for gap in observed.gaps],
     }
@@ -186,21 +192,4 @@ def _missing(applied: AppliedFact, record: RecordFact | None, observed: Observed
         "uptime_seconds": 0.0,
         "restarts": record.restarts if record else 0,
         "log": record.log if record and record.log else None,
-    }
-
-
-def gpu_text(observed: ObservedState) -> str:
-    """The devices, for a reader."""
-    if not observed.devices:
-        return f"no GPU is observed on {observed.node}: this version of sage does not look for any"
-    return "\n".join(f"gpu{device.index}  {device.name}  {device.uuid}" for device in observed.devices)
-
-
-def gpu_json(observed: ObservedState) -> dict[str, Any]:
-    """The devices, for a program."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "observed_at": timestamp(observed.taken_at),
-        "devices": [],
-        "gaps": [{"what": gap.what, "why": gap.why} for gap in observed.gaps],
     }

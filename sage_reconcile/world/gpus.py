@@ -1,0 +1,264 @@
+"""GPUs and MIG slices, as NVML tells of them (https://docs.nvidia.com/deploy/nvml-api/). pynvml's only door.
+
+Asked in a thread with a deadline: a driver that hangs is a gap, and so is one that fails; one lost GPU spoils only
+itself. Facts only; whose memory it is, and what of it may be used, is judged elsewhere.
+"""
+
+import contextlib
+import ctypes
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from sage_reconcile.core.facts import DeviceFact, DeviceProcess, Gap
+from sage_reconcile.world.pending import Pending
+
+_LIBRARY = "libnvidia-ml.so.1"
+
+# A healthy driver answers all questions well within this, also while it initialises GPUs that nobody has used.
+_DEADLINE_SECONDS = 5.0
+
+_MIB = 1024 * 1024
+_MOCK_MEMORY_GB = 24.0
+
+_Seen = tuple[tuple[DeviceFact, ...], tuple[Gap, ...]]
+
+
+class Gpus:
+    """The GPUs of this machine. One question at a time: a driver that hangs is not asked again until it answers."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self._environment = environment
+        self._pending: Pending[_Seen] | None = None
+
+    def look(self, deadline_seconds: float = _DEADLINE_SECONDS) -> _Seen:
+        """The devices, and what of them could not be seen. No library: no devices, and nothing that is missing."""
+        if self._environment.get("SAGE_DISABLE_NVML", "").lower() in ("1", "true", "yes"):
+            return mock_devices(self._environment), ()
+        if self._pending is None:
+            if not _library_is_there():
+                return mock_devices(self._environment), ()
+            self._pending = Pending(_asked)
+        # A driver that has hung for so long is not waited for again at every look.
+        waited_seconds = time.monotonic() - self._pending.begun_at
+        answer = self._pending.answer(wait_seconds=deadline_seconds - waited_seconds)
+        if answer is None:
+            return (), (Gap(what="devices", why=f"the NVIDIA driver did not answer in {deadline_seconds:g} s"),)
+        self._pending = None
+        return answer
+
+
+def mock_devices(environment: Mapping[str, str]) -> tuple[DeviceFact, ...]:
+    """Made-up devices for trying things out: SAGE_GPU_MOCK_COUNT of SAGE_GPU_MOCK_MEMORY_GB (GiB, 24) each."""
+    count = _number(environment.get("SAGE_GPU_MOCK_COUNT"), 0.0)
+    size = max(_number(environment.get("SAGE_GPU_MOCK_MEMORY_GB"), _MOCK_MEMORY_GB), 1.0)
+    return tuple(
+        DeviceFact(
+            index=index,
+            uuid=f"MOCK-{index}",
+            name=f"Mock GPU {index}",
+            total_bytes=int(size * 1024) * _MIB,
+            reserved_bytes=0,
+            used_bytes=0,
+        )
+        for index in range(int(min(max(count, 0), 64)))
+    )
+
+
+def _number(text: str | None, otherwise: float) -> float:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return otherwise
+    return value if 0 <= value < 1e6 else otherwise
+
+
+def _library_is_there() -> bool:
+    try:
+        ctypes.CDLL(_LIBRARY)
+    except OSError:
+        return False
+    return True
+
+
+def _asked() -> _Seen:
+    """Everything, from one initialisation of the library to its end."""
+    # Imported here: it takes 0.02 s, and a machine without the library never needs it.
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return (), (Gap(what="devices", why=f"the NVIDIA driver cannot be used: {error}"),)
+    try:
+        return _devices(pynvml)
+    except pynvml.NVMLError as error:
+        return (), (Gap(what="devices", why=f"the NVIDIA driver failed: {error}"),)
+    finally:
+        # What was seen was seen.
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
+def _devices(nvml: Any) -> _Seen:
+    devices: list[DeviceFact] = []
+    gaps: list[Gap] = []
+    handles: dict[str, Any] = {}
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            uuid = nvml.nvmlDeviceGetUUID(handle)
+            found = _device(nvml, handle, index, uuid)
+            slices = _slices(nvml, handle, found)
+        except (nvml.NVMLError, ValueError) as error:
+            gaps.append(Gap(what="device", why=f"gpu{index} cannot be seen: {error}", subject=str(index)))
+            continue
+        handles[uuid] = handle
+        devices += slices or [found]
+    links = _links(nvml, handles)
+    return tuple(_with_links(device, links) for device in devices), tuple(gaps)
+
+
+def _device(nvml: Any, handle: Any, index: int, uuid: str, parent: str = "") -> DeviceFact:
+    """One GPU or slice. Raises NVMLError when its memory cannot be told, ValueError when it makes no sense."""
+    total, reserved, used = _memory(nvml, handle)
+    processes, complete = _processes(nvml, handle)
+    return DeviceFact(
+        index=index,
+        uuid=uuid,
+        name=str(nvml.nvmlDeviceGetName(handle)),
+        total_bytes=total,
+        reserved_bytes=reserved,
+        used_bytes=used,
+        processes=processes,
+        processes_known=complete,
+        utilization_percent=_offered(nvml, lambda: int(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)),
+        temperature_celsius=_offered(
+            nvml, lambda: int(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))
+        ),
+        power_watts=_offered(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
+        troubles=_troubles(nvml, handle),
+        numa_node=_offered(nvml, lambda: _numa_node(nvml, handle)),
+        bus_id=_bus_of(nvml, handle),
+        parent=parent,
+    )
+
+
+def _memory(nvml: Any, handle: Any) -> tuple[int, int, int]:
+    """(total, reserved, used) in bytes; used is without what is reserved. Total is not used + free."""
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+        total, reserved, used = int(memory.total), int(memory.reserved), int(memory.used)
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
+        # Older drivers count what is reserved as used.
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total, reserved, used = int(memory.total), 0, int(memory.used)
+    # 16 TiB is far beyond any device: such an answer is a broken one.
+    if not 0 < total < 1 << 44 or not 0 <= reserved <= total or not 0 <= used <= total:
+        raise ValueError(f"it says that {used} of {total} bytes are used and {reserved} reserved")
+    return total, reserved, used
+
+
+def _processes(nvml: Any, handle: Any) -> tuple[tuple[DeviceProcess, ...], bool]:
+    """Who uses how much, and whether that is all: in a container the driver does not tell, or tells foreign pids."""
+    used: dict[int, int] = {}
+    complete = True
+    for ask in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
+        try:
+            found = ask(handle)
+        except nvml.NVMLError_NotSupported:
+            continue
+        except nvml.NVMLError:
+            complete = False
+            continue
+        for process in found:
+            # pynvml gives None for NVML_VALUE_NOT_AVAILABLE.
+            complete = complete and process.usedGpuMemory is not None
+            # A process that computes and draws is told twice, with the same figure.
+            used[process.pid] = max(used.get(process.pid, 0), process.usedGpuMemory or 0)
+    return tuple(DeviceProcess(pid=pid, used_bytes=size) for pid, size in sorted(used.items())), complete
+
+
+def _offered(nvml: Any, ask: Callable[[], Any]) -> Any:
+    """An answer that not every device has; None without one."""
+    try:
+        return ask()
+    except (nvml.NVMLError, AttributeError):
+        return None
+
+
+def _troubles(nvml: Any, handle: Any) -> tuple[str, ...]:
+    """Sentences about a device that is not well."""
+    troubles = []
+    errors = _offered(
+        nvml,
+        lambda: nvml.nvmlDeviceGetTotalEccErrors(
+            handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+        ),
+    )
+    if errors:
+        troubles.append(f"{errors} uncorrected memory errors since the driver was loaded")
+    rows = _offered(nvml, lambda: nvml.nvmlDeviceGetRemappedRows(handle))
+    if rows is not None:
+        _, _, is_pending, failed = rows
+        troubles += ["a row of its memory waits to be remapped: it needs a reset"] if is_pending else []
+        troubles += ["a row of its memory could not be remapped"] if failed else []
+    return tuple(troubles)
+
+
+def _numa_node(nvml: Any, handle: Any) -> int | None:
+    """The NUMA node that is nearest to the GPU: the lowest bit of its memory affinity; None without one."""
+    (mask,) = nvml.nvmlDeviceGetMemoryAffinity(handle, 1, nvml.NVML_AFFINITY_SCOPE_NODE)
+    return (int(mask) & -int(mask)).bit_length() - 1 if mask else None
+
+
+def _bus_id(nvml: Any, handle: Any) -> str:
+    bus = nvml.nvmlDeviceGetPciInfo(handle).busId
+    return bus.decode() if isinstance(bus, bytes) else str(bus)
+
+
+def _slices(nvml: Any, handle: Any, device: DeviceFact) -> list[DeviceFact]:
+    """The MIG slices of a GPU; none when it is not divided. Then the GPU itself is what is used."""
+    mode = _offered(nvml, lambda: nvml.nvmlDeviceGetMigMode(handle)[0])
+    if mode != nvml.NVML_DEVICE_MIG_ENABLE:
+        return []
+    slices = []
+    for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        try:
+            part = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
+        except nvml.NVMLError_NotFound:
+            continue
+        uuid = nvml.nvmlDeviceGetUUID(part)
+        slices.append(_device(nvml, part, device.index, uuid, parent=device.uuid))
+    return slices
+
+
+def _links(nvml: Any, handles: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """For each GPU the others that it reaches through NVLink."""
+    buses = {_bus_of(nvml, handle): uuid for uuid, handle in handles.items()}
+    linked: dict[str, tuple[str, ...]] = {}
+    for uuid, handle in handles.items():
+        remotes = {_remote_bus(nvml, handle, link) for link in range(nvml.NVML_NVLINK_MAX_LINKS)}
+        linked[uuid] = tuple(sorted(buses[bus] for bus in remotes & set(buses) if bus and buses[bus] != uuid))
+    return linked
+
+
+def _bus_of(nvml: Any, handle: Any) -> str:
+    return _offered(nvml, lambda: _bus_id(nvml, handle)) or ""
+
+
+def _remote_bus(nvml: Any, handle: Any, link: int) -> str:
+    """The PCI bus id at the other end of an NVLink; empty for a link that is not there, or not up."""
+    try:
+        if nvml.nvmlDeviceGetNvLinkState(handle, link) != nvml.NVML_FEATURE_ENABLED:
+            return ""
+        bus = nvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId
+    except nvml.NVMLError:
+        return ""
+    return bus.decode() if isinstance(bus, bytes) else str(bus)
+
+
+def _with_links(device: DeviceFact, links: Mapping[str, tuple[str, ...]]) -> DeviceFact:
+    return replace(device, links=links.get(device.uuid, ()))

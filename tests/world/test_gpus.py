@@ -1,0 +1,163 @@
+"""The door to NVML: the real pynvml over the fake library, in the real command line; drivers that fail or hang."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import fakenvml
+from tests.fakenvml import Fault, Gpu, Hang, Link, Mig, Process, ProcessMemoryUnavailable, Used
+from tests.oracle import environment
+
+MIB = 1024**2
+
+
+class Box:
+    """A machine with GPUs as a file says."""
+
+    def __init__(self, root: Path, library: Path) -> None:
+        self.state = root / "state"
+        self.nvml = root / "nvml"
+        self.variables = environment(self.state) | fakenvml.environment(library, self.nvml)
+
+    def sage(self, *words: str, **more: str) -> "subprocess.CompletedProcess[str]":
+        done = subprocess.run(
+            [sys.executable, "-m", "sage_reconcile", *words],
+            env=self.variables | more,
+            cwd=self.nvml.parent,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr
+        return done
+
+    def gpus(self, *things: Any, **more: str) -> dict[str, Any]:
+        fakenvml.write_state(self.nvml, *things)
+        done = self.sage("gpu", "-o", "json", **more)
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert isinstance(answer, dict)
+        return answer
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fakenvml.library(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture
+def box(tmp_path: Path, library: Path) -> Box:
+    return Box(tmp_path, library)
+
+
+@pytest.fixture
+def holder() -> Iterator["subprocess.Popen[bytes]"]:
+    process = subprocess.Popen(["/bin/sleep", "60"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_memory_of_a_foreign_process_is_told_with_its_owner_and_is_not_free(
+    box: Box, holder: "subprocess.Popen[bytes]"
+) -> None:
+    answer = box.gpus(Gpu(index=0), Gpu(index=1), Process(gpu=0, pid=holder.pid, mib=58169))
+
+    full, idle = answer["devices"]
+    assert (full["total_bytes"], full["reserved_bytes"]) == (81559 * MIB, 600 * MIB)
+    assert full["foreign_bytes"] == 58169 * MIB
+    assert full["free_bytes"] == (81559 - 600 - 58169) * MIB
+    assert [(row["pid"], row["name"]) for row in full["processes"]] == [(holder.pid, "sleep")]
+    assert (idle["foreign_bytes"], idle["free_bytes"]) == (0, (81559 - 600) * MIB)
+    assert answer["gaps"] == []
+
+
+def test_memory_that_the_driver_gives_to_nobody_is_not_free(box: Box) -> None:
+    (device,) = box.gpus(Gpu(index=0), Used(gpu=0, mib=1000))["devices"]
+    assert device["foreign_bytes"] == 1000 * MIB and device["processes"] == []
+
+
+def test_one_lost_gpu_spoils_only_itself(box: Box) -> None:
+    answer = box.gpus(*(Gpu(index=index) for index in range(4)), Fault(gpu=1, code="NVML_ERROR_GPU_IS_LOST"))
+    assert [device["index"] for device in answer["devices"]] == [0, 2, 3]
+    (gap,) = answer["gaps"]
+    assert gap["what"] == "device" and "gpu1" in gap["why"] and "lost" in gap["why"].lower()
+
+
+@pytest.mark.parametrize(
+    "code", ["NVML_ERROR_DRIVER_NOT_LOADED", "NVML_ERROR_LIB_RM_VERSION_MISMATCH", "NVML_ERROR_NO_PERMISSION"]
+)
+def test_driver_that_cannot_be_used_is_a_gap_and_no_error(box: Box, code: str) -> None:
+    answer = box.gpus(Gpu(index=0), Fault(call="nvmlInitWithFlags", code=code), Fault(call="nvmlInit_v2", code=code))
+    assert answer["devices"] == []
+    assert [gap["what"] for gap in answer["gaps"]] == ["devices"]
+
+
+def test_no_library_is_no_gpu_and_nothing_is_missing(box: Box, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    answer = box.gpus(Gpu(index=0), **fakenvml.no_driver(tmp_path / "none"))
+    assert (answer["devices"], answer["gaps"]) == ([], [])
+
+
+def test_memory_that_is_not_told_by_process_is_counted_whole_and_said(box: Box) -> None:
+    fakes = (Gpu(index=0), Process(gpu=0, pid=os.getpid(), mib=700), ProcessMemoryUnavailable(gpu=0))
+    answer = box.gpus(*fakes)
+    assert answer["devices"][0]["foreign_bytes"] == 700 * MIB
+    assert [gap["what"] for gap in answer["gaps"]] == ["device memory"]
+
+
+def test_slices_are_devices_and_the_sliced_gpu_is_none(box: Box) -> None:
+    answer = box.gpus(Gpu(index=0, mig=True), Mig(gpu=0, index=0), Mig(gpu=0, index=1), Gpu(index=1))
+    shown = [
+        (device["index"], device["parent"] is not None, device["total_bytes"] // MIB) for device in answer["devices"]
+    ]
+    assert shown == [(0, True, 9984), (0, True, 9984), (1, False, 81559)]
+
+
+def test_gpus_that_nvlink_connects_are_one_island(box: Box) -> None:
+    answer = box.gpus(*(Gpu(index=i) for i in range(4)), Link(a=0, b=2, kind="nvlink"), Link(a=1, b=3, kind="nvlink"))
+    islands = [device["island"] for device in answer["devices"]]
+    assert islands[0] == islands[2] != islands[1] == islands[3]
+
+
+def test_without_links_gpus_of_one_numa_node_are_one_island(box: Box) -> None:
+    answer = box.gpus(Gpu(index=0, numa=0), Gpu(index=1, numa=1), Gpu(index=2, numa=0))
+    islands = [device["island"] for device in answer["devices"]]
+    assert islands[0] == islands[2] != islands[1]
+
+
+def test_disabled_or_mocked_gpus_are_as_the_variables_say(box: Box) -> None:
+    assert box.gpus(Gpu(index=0), SAGE_DISABLE_NVML="1")["devices"] == []
+    mocked = box.gpus(Gpu(index=0), SAGE_DISABLE_NVML="true", SAGE_GPU_MOCK_COUNT="2", SAGE_GPU_MOCK_MEMORY_GB="48")
+    assert [(d["name"], d["free_bytes"]) for d in mocked["devices"]] == [
+        ("Mock GPU 0", 48 * 1024 * MIB),
+        ("Mock GPU 1", 48 * 1024 * MIB),
+    ]
+
+
+def test_driver_that_hangs_is_a_gap_and_is_waited_for_once(tmp_path: Path, library: Path) -> None:
+    """In a process of its own that looks twice: the second look does not wait again."""
+    box = Box(tmp_path, library)
+    fakenvml.write_state(box.nvml, Gpu(index=0), Hang(call="nvmlDeviceGetCount_v2"))
+    program = (
+        "import time; from sage_reconcile.world.gpus import Gpus; gpus = Gpus()\n"
+        "print(gpus.look(0.5)); began = time.monotonic(); print(gpus.look(0.5)); print(time.monotonic() - began < 0.25)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=box.variables | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    first, second, soon = done.stdout.splitlines()
+    assert first == second and "did not answer in 0.5 s" in first
+    assert soon == "True"
