@@ -17,6 +17,7 @@ DOORS = {
     "subprocess": {"world/processes.py"},
     "yaml": {"world/yaml_scan.py"},
     "deepdiff": {"core/diff.py"},
+    "pynvml": {"world/gpus.py"},
     "typer": {"cli/"},
     "aiohttp": {"router/"},
     "xllamacpp": {"launchers/"},

@@ -113,6 +113,7 @@ class LocalHost:
         # After the processes were listed: whose memory it is, is known of each but the newest.
         devices, device_gaps = self._gpus.look()
         listeners, socket_gaps = sockets.listeners(fact.identity.pid for fact in found if fact.alive)
+        found = processes.without_the_dead(found)
         # After the processes were listed: one that is not among them has ended, and its end is known.
         exits = self._children.reap()
         return Facts(

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -104,6 +104,22 @@ def processes(*, node: str, boot: str, logs: str = "") -> tuple[tuple[ProcessFac
             why = f"pid {pid} is of our user, and its environment cannot be read"
             gaps.append(Gap(what="processes", why=why, subject=str(pid)))
     return tuple(facts), tuple(gaps)
+
+
+def without_the_dead(facts: tuple[ProcessFact, ...]) -> tuple[ProcessFact, ...]:
+    """The facts, with those of engines that have ended since they were listed as dead.
+
+    Asked after the sockets were read: an engine that died in between would else be alive and no longer listen.
+    """
+    return tuple(
+        replace(fact, status="X") if fact.label and fact.alive and not _still_lives(fact.identity) else fact
+        for fact in facts
+    )
+
+
+def _still_lives(target: ProcessIdentity) -> bool:
+    found = stat(target.pid)
+    return found is not None and found.alive and found.start_ticks == target.start_ticks
 
 
 def _holds_more_than_we_do(pid: int) -> bool:
