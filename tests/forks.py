@@ -28,6 +28,8 @@ class Command:
     pid: int
     said: Path
     began: float
+    # Epoch seconds.
+    began_at: float
     server: "Forks"
 
     def wait(self) -> Ran:
@@ -35,6 +37,10 @@ class Command:
         code = self.server.ask({"wait": self.pid})["code"]
         text = self.said.read_text(encoding="utf-8", errors="replace")
         return Ran(code=code, stdout=text, stderr=text, seconds=time.monotonic() - self.began)
+
+    def told_after_seconds(self) -> float:
+        """How long it was until it wrote its last line, whoever was waited for meanwhile."""
+        return self.said.stat().st_mtime - self.began_at
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
@@ -50,11 +56,11 @@ class Forks:
         self._count += 1
         said = self._directory / f"said-{self._count}"
         variables = environment(state) | dict(more_environment or {})
-        began = time.monotonic()
+        began, began_at = time.monotonic(), time.time()
         answer = self.ask(
             {"run": arguments, "environment": variables, "said": str(said), "directory": str(state.parent)}
         )
-        return Command(pid=answer["pid"], said=said, began=began, server=self)
+        return Command(pid=answer["pid"], said=said, began=began, began_at=began_at, server=self)
 
     def run(self, state: Path, *arguments: str, **more_environment: str) -> Ran:
         return self.start(state, *arguments, more_environment=more_environment).wait()

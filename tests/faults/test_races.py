@@ -37,7 +37,9 @@ def test_p20_of_eight_applies_at_once_one_works_and_seven_name_it(place: Place) 
             winner = pids[next(number for number, ran in enumerate(ended) if ran.code == 0)]
             losers = [ran for ran in ended if ran.code == 8]
             assert all(f"pid {winner} " in ran.stderr for ran in losers), f"race {race}: {losers}"
-            assert all(ran.seconds < 1.0 + RACERS * 0.1 for ran in losers), f"race {race}: {losers}"
+            # Under a second each; here eight of them share what cores there are.
+            told = [command.told_after_seconds() for command, ran in zip(runs, ended, strict=True) if ran.code == 8]
+            assert max(told) < 1.0, f"race {race}: {told}"
             leaders = {process.engine: process.leader for process in labelled(place.root)}
             assert len(labelled(place.root)) == len(leaders) == 2, f"race {race}: {leaders}"
             assert campaign.run(*campaign.down).code == 0
