@@ -182,17 +182,21 @@ def fill(filler: Path, left_bytes: int) -> None:
 
 
 @LONG
+@pytest.mark.parametrize(
+    ("deed", "sample"),
+    # Where room is proved, a record and a line of the journal written, and a record removed.
+    [("first start", (5, 22, 35)), ("replacement", (8, 28)), ("down", (11, 18, 24))],
+    ids=DEEDS,
+)
 def test_d1_disk_that_is_full_from_any_write_on_starts_nothing_unrecorded_and_one_apply_heals_it(
-    place: Place, disk: Path
+    place: Place, disk: Path, deed: str, sample: tuple[int, ...]
 ) -> None:
     trace = place.root / "trace"
-    # Where room is proved, a record and a line of the journal written, and a record removed.
-    for deed, sample in zip(DEEDS, [(5, 22, 35), (8, 28), (11, 18, 24)], strict=True):
-        for number in numbers(sample):
-            words = ready_for(deed, place, number)
-            faults = shims.disk_faults(disk, place.state, fail_from=number, error=errno.ENOSPC, trace=trace)
-            if not disturbed_and_healed(place, words, faults, number, "No space left on device"):
-                break
+    for number in numbers(sample):
+        words = ready_for(deed, place, number)
+        faults = shims.disk_faults(disk, place.state, fail_from=number, error=errno.ENOSPC, trace=trace)
+        if not disturbed_and_healed(place, words, faults, number, "No space left on device"):
+            break
 
 
 def numbers(sample: tuple[int, ...]) -> Iterator[int]:
@@ -987,34 +991,40 @@ class Story:
 
 
 @LONG
-def test_d9_apply_converges_from_what_a_power_cut_could_leave(place: Place, disk: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("deed", "sample"),
+    # Before the gate opens, and once it was opened; with a mark in place, and before another gate opens; after a stop.
+    [("first start", (25, 27)), ("replacement", (18, 31)), ("down", (21,))],
+    ids=DEEDS,
+)
+def test_d9_apply_converges_from_what_a_power_cut_could_leave(
+    place: Place, disk: Path, tmp_path: Path, deed: str, sample: tuple[int, ...]
+) -> None:
     """sage dies before an operation; then its state is made one that a power cut could have left at that moment.
 
     What runs is what really ran then, or nothing, as after a cut; only the boot is the same one.
     """
     trace, before = tmp_path / "trace", tmp_path / "before"
-    # Before the gate opens, and once it was opened; with a mark in place, and before another gate opens; after a stop.
-    for deed, sample in zip(DEEDS, [(25, 27), (18, 31), (21,)], strict=True):
-        for number in range(1, 1000, 2) if CHAOS else sample:
-            words = ready_for(deed, place, number)
-            begin_from(place, before)
-            ran = disturbed(place, words, shims.disk_faults(disk, place.state, kill_at=number, trace=trace))
-            if ran.code >= 0:
-                assert ran.code == 0 and CHAOS, "the sample is meant to name operations that there are"
-                break
-            until(lambda: not at_the_gate(place), "the gate is closed")
-            if number % 4 == 1:
-                for pid in place.pids().values():
-                    kill(pid)
-            pids = place.pids()
-            cut_power(place, shims.read_trace(trace), before, tmp_path / "states", choice=number // 4)
+    for number in range(1, 1000, 2) if CHAOS else sample:
+        words = ready_for(deed, place, number)
+        begin_from(place, before)
+        ran = disturbed(place, words, shims.disk_faults(disk, place.state, kill_at=number, trace=trace))
+        if ran.code >= 0:
+            assert ran.code == 0 and CHAOS, "the sample is meant to name operations that there are"
+            break
+        until(lambda: not at_the_gate(place), "the gate is closed")
+        if number % 4 == 1:
+            for pid in place.pids().values():
+                kill(pid)
+        pids = place.pids()
+        cut_power(place, shims.read_trace(trace), before, tmp_path / "states", choice=number // 4)
 
-            place.apply()
+        place.apply()
 
-            place.assert_at_rest()
-            if deed == "first start" and pids:
-                assert place.pids() == pids
-            trace.unlink(missing_ok=True)
+        place.assert_at_rest()
+        if deed == "first start" and pids:
+            assert place.pids() == pids
+        trace.unlink(missing_ok=True)
 
 
 def begin_from(place: Place, before: Path) -> None:

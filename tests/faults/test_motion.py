@@ -21,7 +21,7 @@ import pytest
 
 from sage_reconcile.core.journal import ActBegun, PlanEnded
 from tests.e2e import FAKE_ENGINE, Place, fake, kill, place_in, until
-from tests.namespaces import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, inside, mount, without
+from tests.namespaces import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, ROOT, inside, mount, without
 from tests.oracle import environment, labelled, run_sage, stat_fields
 
 CHAOS = os.environ.get("CHAOS") == "1"
@@ -277,13 +277,13 @@ def _letter(pid: int) -> str:
 # --- P20: one at a time -----------------------------------------------------------------------------------------------
 
 
-def test_p20_login_and_cron_exclude_each_other() -> None:
+def test_p20_login_and_cron_exclude_each_other(tmp_path: Path) -> None:
     """With the locks that are used where nobody sets SAGE_LOCK_FILE; in a /tmp of its own, because they lie there."""
-    inside(("pid", "mount"), lock_login_and_cron)
+    inside(("pid", "mount"), lock_login_and_cron, str(tmp_path))
 
 
-def lock_login_and_cron() -> None:
-    mount("-t", "tmpfs", "tmpfs", "/tmp")
+def lock_login_and_cron(directory: str) -> None:
+    take_own_tmp(Path(directory))
     root = Path("/tmp/place")
     root.mkdir(mode=0o700)
     runtime = root / "run"
@@ -304,6 +304,16 @@ def lock_login_and_cron() -> None:
         # Neither is locked out by what the other left.
         place.apply(**login)
         place.apply(**cron)
+
+
+def take_own_tmp(empty: Path) -> None:
+    """An empty /tmp, but for what these tests run on, should that lie there."""
+    mount("-t", "tmpfs", "tmpfs", str(empty))
+    for needed in map(Path, {str(ROOT), sys.prefix, sys.base_prefix}):
+        if needed.is_relative_to("/tmp"):
+            (empty / needed.relative_to("/tmp")).mkdir(parents=True, exist_ok=True)
+            mount("--bind", str(needed), str(empty / needed.relative_to("/tmp")))
+    mount("--rbind", str(empty), "/tmp")
 
 
 def test_p20_two_projects_of_one_user_take_turns(place: Place) -> None:
