@@ -32,7 +32,7 @@ _ATTENTIONS: dict[str, Attention] = {
 }
 
 # What the indexer of DeepSeek's sparse attention keeps per token and layer: 128 numbers in fp8 and a scale of 4 bytes
-# (vLLM's DeepseekV32IndexerCache; research/footprints.md: without it GLM-5 is 10.3% low).
+# (vLLM's DeepseekV32IndexerCache; without it GLM-5 comes out 10.3% low).
 _INDEXER_BYTES = 132
 
 

@@ -57,7 +57,7 @@ def parts_of(tensors: Iterable[Tensor], *, layers: int, quantisation: str | None
 
 def _role(name: str, layers: int) -> Role | None:
     """None: not loaded."""
-    words = name.split(".")
+    words = name.lower().split(".")
     found = _LAYER.search(name)
     if _DRAFT & set(words) or (found is not None and layers and int(found[1]) >= layers):
         return None

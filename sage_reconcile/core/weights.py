@@ -30,7 +30,8 @@ def weight_bytes(
     """
     bytes_of: dict[Role, float] = {
         role: sum(
-            _loaded(shape, part, 0 if runtime == "llama.cpp" else tensor_parallel, dtype, quantization)
+            # llama.cpp maps tensors as they are in the file.
+            part.disk_bytes if runtime == "llama.cpp" else _loaded(shape, part, tensor_parallel, dtype, quantization)
             for part in shape.parts
             if part.role == role
         )
@@ -75,9 +76,9 @@ def _share(shape: ModelShape, layers: int, stages: int) -> float:
 
 
 def _loaded(shape: ModelShape, part: WeightPart, tensor_parallel: int, dtype: str, quantization: str) -> float:
-    """The bytes of a loaded part, over all devices; tensor_parallel is 0 for llama.cpp, which pads nothing."""
+    """The bytes of a part once it is loaded, over all devices."""
     if part.storage == "mxfp4" and part.role == "experts":
-        return part.disk_bytes * (expert_padding(shape, tensor_parallel) if tensor_parallel else 1.0)
+        return part.disk_bytes * expert_padding(shape, tensor_parallel)
     stored = _FLOATS.get(part.storage)
     if stored is None:
         return part.disk_bytes
