@@ -146,7 +146,8 @@ def on_a_small_file_system(root: str) -> None:
         refused_for_want_of_room(place, "apply")
         assert place.pids() == {}
 
-        mount("-o", "remount,size=4m", str(place.state))
+        # Another one above it: in a user namespace a tmpfs cannot be made larger.
+        mount("-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", str(place.state))
         place.apply()
         pids = place.pids()
         place.write(fake("chat", "--tokens", "3"), fake("other"))
