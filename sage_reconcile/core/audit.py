@@ -140,10 +140,10 @@ def _unordered_violations(plan: Plan) -> Iterable[Violation]:
             if earlier in reach[later]:
                 continue
             first = plan.acts[earlier]
-            both = {_port(first), _port(act)} - {None}
-            same_port = len(both) == 1 and _port(first) == _port(act)
-            same_engine = first.engine == act.engine and StartEngine in (type(first), type(act))
-            if same_port or same_engine:
+            if StartEngine not in (type(first), type(act)):
+                continue  # Stops only free what they have, whoever else stops.
+            same_port = _port(act) is not None and _port(first) == _port(act)
+            if same_port or first.engine == act.engine:
                 yield Violation(law="order", what=f"acts {earlier} and {later} on {act.engine} could overlap")
 
 

@@ -218,3 +218,13 @@ def test_restoring_again_after_a_restore_gives_no_steps() -> None:
         plan = make_plan(target, now, PlanOptions(restoring=True))
         rest = make_plan(target, carried_out(plan, now), PlanOptions(restoring=True))
         assert rest.acts == (), f"seed {seed}"
+
+
+def test_both_processes_of_an_engine_that_runs_twice_on_one_port_can_be_stopped() -> None:
+    """2026-11-25: `sage down` ended with 1, because the audit let no two stops on one port overlap."""
+    first = running("lab/a", 8001, 100)
+    twin = replace(running("lab/a", 8001, 200), id=first.id)
+    now, nothing = world(first, twin), desired()
+    plan = make_plan(nothing, now)
+    assert [type(act) for act in plan.acts] == [StopEngine, StopEngine]
+    assert audit(plan, nothing, now) == ()
