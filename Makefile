@@ -57,6 +57,7 @@ mutants: install ## plant bugs on purpose; the tests must notice each
 
 bench: install ## figures, not tests: they differ from machine to machine
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python -m benchmarks.packing
 
 clean: ## remove what make made, and the weights
 	rm -rf $(VENV) .models .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

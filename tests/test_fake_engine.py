@@ -188,20 +188,6 @@ def test_double_fork_leaves_a_child_of_nobody_here(flags: tuple[str, ...]) -> No
             wait_until(lambda: not is_alive(child))
 
 
-def test_child_that_holds_the_port_keeps_it_when_the_engine_dies() -> None:
-    with engine("--fork-child", "--child-holds-port") as (process, port):
-        assert process.stdout is not None
-        child = child_pid(process.stdout.readline, process.stdout.readline)
-        try:
-            process.kill()
-            process.wait(timeout=5)
-            assert listens(port)
-        finally:
-            os.kill(child, signal.SIGKILL)
-            wait_until(lambda: not is_alive(child))
-        assert not listens(port)
-
-
 def test_first_thread_ends_while_the_engine_serves() -> None:
     with engine("--first-thread-ends") as (process, port):
         assert ask(port, "/health")[0].status == 200
@@ -302,8 +288,9 @@ def test_listen_host_may_be_of_the_other_family() -> None:
         assert not listens(port)
 
 
-def test_child_holds_the_port_after_the_death_of_the_engine() -> None:
-    with engine("--fork-child", "--child-holds-port", "--child-setsid", "--child-wipe-environ") as (process, port):
+@pytest.mark.parametrize("modes", [[], ["--child-setsid", "--child-wipe-environ"]], ids=["plain", "lost"])
+def test_child_holds_the_port_after_the_death_of_the_engine(modes: list[str]) -> None:
+    with engine("--fork-child", "--child-holds-port", *modes) as (process, port):
         assert process.stdout is not None
         child = child_pid(process.stdout.readline, process.stdout.readline)
         try:

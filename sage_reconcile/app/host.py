@@ -108,7 +108,6 @@ class LocalHost:
         )
 
     def facts(self) -> Facts:
-        records = Records(self.root)
         found, process_gaps = processes.processes(node=self.node, boot=self.boot, logs=str(self.root))
         # After the processes were listed: whose memory it is, is known of each but the newest.
         devices, device_gaps = self._gpus.look()
@@ -116,6 +115,7 @@ class LocalHost:
         found = processes.without_the_dead(found)
         # After the processes were listed: one that is not among them has ended, and its end is known.
         exits = self._children.reap()
+        records, newer_records = Records(self.root).look()
         return Facts(
             taken_at=time.time(),
             node=self.node,
@@ -131,12 +131,12 @@ class LocalHost:
             busy_ports=sockets.busy_ports(self.lookup.ports),
             programs=programs(self.lookup.programs),
             models=models(self.lookup.models),
-            records=records.read(),
+            records=records,
             known=tuple(self._known.values()),
             routers=read_routers(self.root),
             exits=exits,
             applied=self._applied.read(),
-            gaps=(*process_gaps, *socket_gaps, *device_gaps, *map(_newer, (*records.newer(), *self._applied.newer()))),
+            gaps=(*process_gaps, *socket_gaps, *device_gaps, *map(_newer, (*newer_records, *self._applied.newer()))),
         )
 
     def healths(self, engines: tuple[Engine, ...]) -> tuple[HealthFact, ...]:
@@ -200,7 +200,8 @@ class LocalHost:
             os.close(log_fd)
         released = False
         try:
-            earlier = self._write_down(act, gated.identity, label, log)
+            whole_label = _whole_label(label, gated.identity)
+            earlier = self._write_down(act, gated.identity, whole_label, log)
             failpoint("gate.recorded")
             if sockets.is_listened_on(act.resolved.placement.port):
                 return Spawned(leader=None, why=f"port {act.resolved.placement.port} was taken while it was started")
@@ -215,9 +216,7 @@ class LocalHost:
                 with contextlib.suppress(Environment):
                     Records(self.root).forget(act.engine, gated.identity)
         self._children.add(act.engine, gated)
-        self._known[gated.identity] = KnownEngine(
-            leader=gated.identity, label=_whole_label(label, gated.identity), members=(gated.identity,)
-        )
+        self._known[gated.identity] = KnownEngine(leader=gated.identity, label=whole_label, members=(gated.identity,))
         self._holds[gated.identity] = gated
         for record in earlier:
             with contextlib.suppress(Environment):
@@ -225,7 +224,7 @@ class LocalHost:
         return Spawned(leader=gated.identity)
 
     def _write_down(
-        self, act: StartEngine, leader: ProcessIdentity, label: dict[str, str], log: Path
+        self, act: StartEngine, leader: ProcessIdentity, label: tuple[tuple[str, str], ...], log: Path
     ) -> tuple[RecordFact, ...]:
         """Write the record of a new process; the records of the engine's earlier ones, which it replaces."""
         records = Records(self.root)
@@ -236,7 +235,7 @@ class LocalHost:
                 leader=leader,
                 port=act.resolved.placement.port,
                 from_start=True,
-                label=_whole_label(label, leader),
+                label=label,
                 started_at=time.time(),
                 restarts=_restarts(earlier),
                 log=str(log),

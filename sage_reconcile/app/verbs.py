@@ -74,7 +74,9 @@ class ApplyOptions:
 
 def plan(paths: tuple[str, ...], *, project: str | None, prune: bool = True, take_over: bool = False) -> Planned:
     """What `apply` would do now. Touches nothing. Raises Refused for another source, NewerState."""
-    return _planned(load(paths, project), local_host(), ApplyOptions(prune=prune, take_over=take_over))
+    desired, host = load(paths, project), local_host()
+    refuse_newer_state(host.root)
+    return _planned(desired, host, ApplyOptions(prune=prune, take_over=take_over))
 
 
 def apply(
@@ -94,8 +96,10 @@ def apply(
             hint="if that is meant: sage down, or --allow-empty",
         )
     if options.dry_run:
+        refuse_newer_state(host.root)
         return _planned(desired, host, options)
     with locked(lock_paths(os.environ), purpose=f"apply {desired.source}", wait_seconds=options.lock_seconds):
+        refuse_newer_state(host.root)
         _make_room(host.root, desired.project, watcher)
         planned = _planned(desired, host, options)
         if planned.plan.blocked and options.on_failure != "continue":
@@ -112,7 +116,6 @@ def apply(
 
 def _planned(desired: DesiredState, host: LocalHost, options: ApplyOptions) -> Planned:
     host.lookup = lookup(desired)
-    refuse_newer_state(host.root)
     observed = host.look()
     refuse_other_source(desired, observed, take_over=options.take_over)
     plan_options = PlanOptions(
@@ -129,7 +132,6 @@ def _make_room(root: Path, project: str, watcher: Watcher) -> None:
 
     Raises Environment and NewerState.
     """
-    refuse_newer_state(root)
     check_writable(root, project)
     for told in (*Records(root).mend(project), *JournalFile(root, project).mend()):
         watcher.note(told)

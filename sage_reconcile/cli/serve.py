@@ -1,15 +1,11 @@
 """`sage serve` and `sage up`: the router, alone or after an apply."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from sage_reconcile.cli.options import Colour, Paths, Project, Yes, paint_for, seconds_option
-
-if TYPE_CHECKING:
-    from sage_reconcile.app.verbs import Planned
-    from sage_reconcile.drive.reconciler import Outcome
 
 
 def serve(
@@ -50,9 +46,6 @@ def up(
         conversation.yes = True
         print(f"serving {url}/v1 (Ctrl-C drains, and stops the engines)", file=sys.stderr, flush=True)
 
-    def applied(came_of_it: "Outcome | Planned") -> None:
-        finish_apply(came_of_it, paint)
-
     up_here(
         tuple(paths or ()),
         conversation.watcher("Apply?"),
@@ -61,6 +54,6 @@ def up(
         port=port,
         on_ready=listening,
         tell=conversation.note,
-        applied=applied,
+        applied=lambda came_of_it: finish_apply(came_of_it, paint),
         stopped=lambda outcome: finish(outcome, paint),
     )

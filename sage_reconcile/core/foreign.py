@@ -4,6 +4,10 @@ from sage_reconcile.core.facts import ListenerFact, ProcessFact
 from sage_reconcile.core.observed import Engine, Foreign, model_of, spec_of
 from sage_reconcile.core.runtimes import recognise
 from sage_reconcile.core.runtimes.base import Recognised
+from sage_reconcile.core.words import shown
+
+# The longest name of a program or a model that is shown.
+_LONGEST = 200
 
 
 def foreign(
@@ -42,7 +46,7 @@ def foreign(
             name=program_name(fact.argv),
             user=fact.user,
             kind=engine.kind,
-            model=shown_words(engine.model),
+            model=shown(engine.model, _LONGEST),
             port=engine.port,
         )
         for fact in of_families
@@ -94,9 +98,4 @@ def _other_port(word: str, ours: str, port: str) -> str:
 
 
 def program_name(argv: tuple[str, ...]) -> str:
-    return shown_words(argv[0].rsplit("/", 1)[-1]) if argv and argv[0] else "?"
-
-
-def shown_words(words: str) -> str:
-    """Words of somebody else's command line, fit to be shown: without control characters and broken text."""
-    return "".join(letter if letter.isprintable() else "?" for letter in words[:200])
+    return shown(argv[0].rsplit("/", 1)[-1], _LONGEST) if argv and argv[0] else "?"

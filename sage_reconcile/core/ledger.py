@@ -6,6 +6,7 @@ There is no ledger on disk: it is derived anew at every look, so nothing in it c
 from collections.abc import Iterable, Mapping
 
 from sage_reconcile.core.facts import DeviceFact, Gap, ProcessFact
+from sage_reconcile.core.foreign import program_name
 from sage_reconcile.core.observed import Device, Engine, Holder
 
 # A device whose memory is used by a process that this machine does not show: it is in another pid namespace, or gone.
@@ -93,9 +94,7 @@ def _holder(pid: int, used_bytes: int, processes: Mapping[int, ProcessFact]) -> 
     process = processes.get(pid)
     if process is None:
         return Holder(pid=pid, name=_UNKNOWN, user=_UNKNOWN, used_bytes=used_bytes)
-    name = process.argv[0].rsplit("/", 1)[-1] if process.argv and process.argv[0] else _UNKNOWN
-    shown = "".join(letter if letter.isprintable() else "?" for letter in name[:60])
-    return Holder(pid=pid, name=shown, user=process.user, used_bytes=used_bytes)
+    return Holder(pid=pid, name=program_name(process.argv)[:60], user=process.user, used_bytes=used_bytes)
 
 
 def _islands(facts: tuple[DeviceFact, ...]) -> dict[str, int]:

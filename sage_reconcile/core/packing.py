@@ -159,7 +159,7 @@ class _Search:
 
     def _with(self, item: Item, place: _Place, devices: tuple[int, ...], used: int, cost: Cost) -> Cost:
         """The cost once the item has this place."""
-        away = place is not None and bool(item.home) and set(place) != set(item.home)
+        away = _is_away(item, place)
         free = self._free
         return Cost(
             left_out=cost.left_out + (place is None),
@@ -196,9 +196,8 @@ class _Search:
         return sorted(entry for entry in self._groups[device].items() if entry[1])
 
     def _rank(self, item: Item, place: tuple[int, ...]) -> tuple[object, ...]:
-        away = bool(item.home) and set(place) != set(item.home)
         left = sum(self._free[device] - item.need_bytes for device in place)
-        return away, self._crossings(place), self._crowding(item, place), left, place
+        return _is_away(item, place), self._crossings(place), self._crowding(item, place), left, place
 
     def _bound(self, depth: int, cost: Cost) -> Cost:
         """No packing below this node costs less.
@@ -227,3 +226,8 @@ class _Search:
             # With more left out than that the packing is worse by its first figure already.
             scatter=cost.scatter + (squares if left_out == cost.left_out else 0),
         )
+
+
+def _is_away(item: Item, place: _Place) -> bool:
+    """Whether the item has a place, and it is not the home that it has."""
+    return place is not None and bool(item.home) and set(place) != set(item.home)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.observed import Engine, ObservedState, spec_of
 from sage_reconcile.core.spec import EngineSpec, is_path, parse_written, served_model
+from sage_reconcile.core.words import shown
 
 # What a client should wait before it asks again, in seconds: engines take seconds to minutes to load.
 RETRY_AFTER_SECONDS = 5
@@ -174,8 +175,7 @@ def _none_ready(backends: list[Backend], absent: list[Absent]) -> NoBackend:
 
 def _quoted(model: str) -> str:
     """A client's words in a sentence of ours: short, and without control characters."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in model[:100])
-    return f'"{shown}"'
+    return f'"{shown(model, 100)}"'
 
 
 def _backend(engine: Engine) -> Backend | None:

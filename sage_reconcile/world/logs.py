@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sage_reconcile.core.identity import EngineId, engine_id
+from sage_reconcile.core.words import shown
 from sage_reconcile.errors import Environment
 from sage_reconcile.world.failpoints import failpoint
 from sage_reconcile.world.state import matches, private_directory
@@ -130,7 +131,7 @@ def _last_lines(path: Path, lines: int) -> tuple[str, ...]:
     except OSError:
         return ()
     found = [line.rstrip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
-    return tuple("".join(letter if letter.isprintable() else "?" for letter in line) for line in found[-lines:])
+    return tuple(shown(line, _TAIL_BYTES) for line in found[-lines:])
 
 
 def followed(path: Path, pause: Callable[[], None]) -> Iterator[str]:

@@ -36,6 +36,9 @@ class _Contents(NamedTuple):
     fields: dict[str, Any] = {}
 
 
+_NOTHING = _Contents("not there")
+
+
 class Records:
     """The records of all projects below one state root."""
 
@@ -44,13 +47,23 @@ class Records:
 
     def read(self) -> tuple[RecordFact, ...]:
         """Every record that can be read. What cannot be read says nothing, and stops nobody."""
-        found = [self._read(path) for path in trusted_matches(self._root, "*/engines/*.json")]
-        return tuple(record for record in found if record is not None)
+        return self.look()[0]
 
     def newer(self) -> tuple[Path, ...]:
         """The files that a newer sage wrote."""
+        return self.look()[1]
+
+    def look(self) -> tuple[tuple[RecordFact, ...], tuple[Path, ...]]:
+        """What `read` and `newer` tell, with every file read once: a look at the world asks for both."""
         paths = [path for ending in ("json", "proof") for path in trusted_matches(self._root, f"*/engines/*.{ending}")]
-        return tuple(path for path in paths if _contents(path).state == "newer")
+        contents = {path: _contents(path) for path in paths}
+        records = [
+            _record(found, contents.get(path.with_suffix(".proof"), _NOTHING))
+            for path, found in contents.items()
+            if path.suffix == ".json"
+        ]
+        newer = tuple(path for path, found in contents.items() if found.state == "newer")
+        return tuple(record for record in records if record is not None), newer
 
     def mend(self, project: str) -> tuple[str, ...]:
         """Set aside what cannot be read, and tell what that was. Raises Environment, and NewerState."""
@@ -102,20 +115,23 @@ class Records:
         return self._root / engine.project / "engines" / name
 
     def _read(self, path: Path) -> RecordFact | None:
-        contents = _contents(path)
-        if contents.state != "read":
-            return None
-        try:
-            record = _RECORD.validate_python(contents.fields)
-        except ValidationError:
-            return None
-        if record.policy is not None and parse_written(record.policy) is None:
-            return None
-        proof = _contents(path.with_suffix(".proof"))
-        if proof.state != "read":
-            return record
-        failure = str(proof.fields.get("failure", ""))
-        return replace(record, proved=not failure, proof_failure=failure)
+        return _record(_contents(path), _contents(path.with_suffix(".proof")))
+
+
+def _record(contents: _Contents, proof: _Contents) -> RecordFact | None:
+    """The record that a file and the proof beside it make; None when the file makes no sense."""
+    if contents.state != "read":
+        return None
+    try:
+        record = _RECORD.validate_python(contents.fields)
+    except ValidationError:
+        return None
+    if record.policy is not None and parse_written(record.policy) is None:
+        return None
+    if proof.state != "read":
+        return record
+    failure = str(proof.fields.get("failure", ""))
+    return replace(record, proved=not failure, proof_failure=failure)
 
 
 def newer_state(path: Path) -> NewerState:
@@ -135,7 +151,7 @@ def _contents(path: Path) -> _Contents:
         with path.open("rb") as file:
             text = file.read(_LONGEST_BYTES)
     except FileNotFoundError:
-        return _Contents("not there")
+        return _NOTHING
     except OSError:
         return _Contents("unreadable")
     fields = unsealed(text.strip()) or {}

@@ -68,11 +68,19 @@ def trusted_root(root: Path) -> Path:
 
 
 def _checked(path: Path, found: os.stat_result) -> Path:
-    if not file_stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+    if not _is_ours(found):
         raise Environment(f"cannot use {path}: it is not a directory of yours")
-    if found.st_mode & 0o022:
+    if not _is_closed(found):
         raise Environment(f"cannot use {path}: others may write to it", hint=f"chmod go-w {path}")
     return path
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    return file_stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+
+
+def _is_closed(found: os.stat_result) -> bool:
+    return not found.st_mode & 0o022
 
 
 def check_writable(root: Path, project: str) -> None:
@@ -115,19 +123,19 @@ def matches(root: Path, pattern: str) -> list[Path]:
 
 def trusted_matches(root: Path, pattern: str) -> list[Path]:
     """The paths that match and may be believed: no directory between the root and them is open to others."""
-    closed: dict[Path, bool] = {}
+    trusted: dict[Path, bool] = {}
 
-    def is_closed(directory: Path) -> bool:
-        if directory not in closed:
+    def is_trusted(directory: Path) -> bool:
+        if directory not in trusted:
             try:
                 found = directory.lstat()
             except OSError:
                 return False
-            ours = file_stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
-            closed[directory] = ours and (directory == root or is_closed(directory.parent))
-        return closed[directory]
+            alone = _is_ours(found) and _is_closed(found)
+            trusted[directory] = alone and (directory == root or is_trusted(directory.parent))
+        return trusted[directory]
 
-    return [path for path in matches(root, pattern) if is_closed(path.parent)]
+    return [path for path in matches(root, pattern) if is_trusted(path.parent)]
 
 
 def write_whole(path: Path, text: str, *, what: str) -> None:
