@@ -204,8 +204,8 @@ MUTANTS = (
     Mutant(
         bug="the label is written after the release",
         file="sage_reconcile/app/host.py",
-        old="            earlier = self._write_down(act, gated.identity, label, log)\n",
-        new="            gated.release()\n            earlier = self._write_down(act, gated.identity, label, log)\n",
+        old="            earlier = self._write_down(act, gated.identity, whole_label, log)\n",
+        new="            gated.release()\n            earlier = self._write_down(act, gated.identity, whole_label, log)\n",
         caught_by=("tests/world/test_processes.py",),
     ),
     Mutant(
