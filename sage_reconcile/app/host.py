@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
-from sage_reconcile.core.facts import Facts, Gap, HealthFact, KnownEngine, RecordFact
+from sage_reconcile.core.facts import Facts, Gap, HealthFact, KnownEngine, ModelFact, RecordFact
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.label import LEADER, leader_text, variables
+from sage_reconcile.core.ledger import ledger
 from sage_reconcile.core.observed import Engine, ObservedState, spec_of
 from sage_reconcile.core.plan import StartEngine
 from sage_reconcile.core.progress import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
+from sage_reconcile.core.settling import trouble_on
 from sage_reconcile.core.spec import EngineSpec
 from sage_reconcile.drive.observer import observe
 from sage_reconcile.errors import Environment
@@ -25,8 +27,9 @@ from sage_reconcile.world.failpoints import failpoint
 from sage_reconcile.world.gpus import Gpus
 from sage_reconcile.world.journal_file import AppliedRevisions
 from sage_reconcile.world.logs import cut_long_log, log_path, new_log
+from sage_reconcile.world.models import model_fact
 from sage_reconcile.world.probes import Prober, Question
-from sage_reconcile.world.programs import models, programs
+from sage_reconcile.world.programs import programs
 from sage_reconcile.world.records import Records
 from sage_reconcile.world.router_files import read_routers
 
@@ -36,11 +39,22 @@ _LONGEST_PROOF_PAUSE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelQuestion:
+    """A model that a plan will ask about."""
+
+    model: str
+    # Variables of the engine, which may say where the hub's cache is.
+    env: tuple[tuple[str, str], ...] = ()
+    # Whether its memory matters.
+    shape: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lookup:
-    """What a plan will ask about this machine beyond what runs: (program, directory) pairs, model paths, and ports."""
+    """What a plan will ask about this machine beyond what runs: (program, directory) pairs, models, and ports."""
 
     programs: tuple[tuple[str, str], ...] = ()
-    models: tuple[str, ...] = ()
+    models: tuple[ModelQuestion, ...] = ()
     ports: frozenset[int] = frozenset()
 
 
@@ -64,6 +78,11 @@ class LocalHost:
     _holds: dict[ProcessIdentity, processes.Gated] = field(default_factory=dict)
 
     _applied: AppliedRevisions = field(init=False)
+    # What was found of each model. Its files are read once: a look comes ten times a second.
+    _models: dict[ModelQuestion, ModelFact] = field(default_factory=dict)
+    # The last look's facts and what they mean.
+    _facts: Facts | None = None
+    _observed: ObservedState | None = None
     # What the last look saw: a process stays its engine's own, also when its environment can no longer be read.
     _known: dict[ProcessIdentity, KnownEngine] = field(default_factory=dict)
     # When each engine was last asked a request of its kind, and how long to wait until the next.
@@ -77,7 +96,7 @@ class LocalHost:
     # --- looking ---
 
     def look(self) -> ObservedState:
-        observed = observe(self)
+        observed = self._observed = observe(self)
         self._take_proofs(observed)
         self._let_go_of_ports(observed)
         self._known = {engine.leader: self._remembered(engine) for engine in observed.engines}
@@ -116,7 +135,7 @@ class LocalHost:
         # After the processes were listed: one that is not among them has ended, and its end is known.
         exits = self._children.reap()
         records, newer_records = Records(self.root).look()
-        return Facts(
+        self._facts = Facts(
             taken_at=time.time(),
             node=self.node,
             boot_id=self.boot,
@@ -130,7 +149,7 @@ class LocalHost:
             client_ports=sockets.client_ports(),
             busy_ports=sockets.busy_ports(self.lookup.ports),
             programs=programs(self.lookup.programs),
-            models=models(self.lookup.models),
+            models=tuple(self._model(question) for question in self.lookup.models),
             records=records,
             known=tuple(self._known.values()),
             routers=read_routers(self.root),
@@ -138,6 +157,13 @@ class LocalHost:
             applied=self._applied.read(),
             gaps=(*process_gaps, *socket_gaps, *device_gaps, *map(_newer, (*newer_records, *self._applied.newer()))),
         )
+        return self._facts
+
+    def _model(self, question: ModelQuestion) -> ModelFact:
+        if question not in self._models:
+            environment = processes.inherited(os.environ) | dict(question.env)
+            self._models[question] = model_fact(question.model, environment=environment, shape=question.shape)
+        return self._models[question]
 
     def healths(self, engines: tuple[Engine, ...]) -> tuple[HealthFact, ...]:
         questions = [_question(engine) for engine in engines]
@@ -205,6 +231,9 @@ class LocalHost:
             failpoint("gate.recorded")
             if sockets.is_listened_on(act.resolved.placement.port):
                 return Spawned(leader=None, why=f"port {act.resolved.placement.port} was taken while it was started")
+            trouble = self._device_trouble(act)
+            if trouble:
+                return Spawned(leader=None, why=trouble)
             gated.release()
             released = True
         except processes.CannotSpawn as error:
@@ -222,6 +251,19 @@ class LocalHost:
             with contextlib.suppress(Environment):
                 Records(self.root).forget(record.engine, record.leader)
         return Spawned(leader=gated.identity)
+
+    def _device_trouble(self, act: StartEngine) -> str:
+        """Why the devices are not as they were planned, at the last moment before the program runs; else empty.
+
+        Others may have taken memory since the last look.
+        """
+        if not act.resolved.placement.devices:
+            return ""
+        assert self._facts is not None and self._observed is not None
+        devices, _ = self._gpus.look()
+        alive = {fact.identity.pid: fact for fact in self._facts.processes if fact.alive}
+        now = ledger(replace(self._facts, devices=devices), self._observed.engines, alive)
+        return trouble_on(act, now, self._observed.engines)
 
     def _write_down(
         self, act: StartEngine, leader: ProcessIdentity, label: tuple[tuple[str, str], ...], log: Path

@@ -4,13 +4,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from sage_reconcile.app.host import LocalHost, Lookup
+from sage_reconcile.app.host import LocalHost, Lookup, ModelQuestion
 from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.observed import ObservedState, project_engines
 from sage_reconcile.core.quantities import ports_of
 from sage_reconcile.core.runtimes import program_of
-from sage_reconcile.core.spec import is_path
+from sage_reconcile.core.spec import is_path, needs_gpu
 from sage_reconcile.errors import InvalidManifests, Refused, Usage
 from sage_reconcile.world import manifests
 from sage_reconcile.world.journal_file import AppliedRevisions
@@ -44,11 +44,22 @@ def lookup(desired: DesiredState) -> Lookup:
     """The programs and model paths that a plan for this state asks about."""
     return Lookup(
         programs=tuple((program_of(wanted.spec), wanted.directory) for wanted in desired.wanted),
-        models=tuple(wanted.spec.model for wanted in desired.wanted if is_path(wanted.spec.model)),
+        models=_questions(desired),
         ports=frozenset(wanted.spec.port for wanted in desired.wanted if isinstance(wanted.spec.port, int)).union(
             *(ports_of(pool) for pool in (desired.ports.llm, desired.ports.embedding, desired.ports.rerank))
         ),
     )
+
+
+def _questions(desired: DesiredState) -> tuple[ModelQuestion, ...]:
+    """Paths, because they may be missing; and the models of all that goes on GPUs. The first engine of each asks."""
+    questions: dict[str, ModelQuestion] = {}
+    for wanted in desired.wanted:
+        spec, on_gpu = wanted.spec, needs_gpu(wanted.spec)
+        earlier = questions.get(spec.model)
+        if (is_path(spec.model) or on_gpu) and (earlier is None or (on_gpu and not earlier.shape)):
+            questions[spec.model] = ModelQuestion(model=spec.model, env=tuple(sorted(spec.env.items())), shape=on_gpu)
+    return tuple(questions.values())
 
 
 def local_host(desired: DesiredState | None = None, environment: Mapping[str, str] = os.environ) -> LocalHost:

@@ -66,17 +66,25 @@ class ApplyOptions:
     ready_seconds: float | None = None
     lock_seconds: float = 0.0
     waits: bool = True
+    allow_moves: bool = False
     # Only the plan is wanted; nothing is asked and nothing done.
     dry_run: bool = False
     # The port of the router that comes with it; None leaves it to the manifests.
     router_port: int | None = None
 
 
-def plan(paths: tuple[str, ...], *, project: str | None, prune: bool = True, take_over: bool = False) -> Planned:
+def plan(
+    paths: tuple[str, ...],
+    *,
+    project: str | None,
+    prune: bool = True,
+    take_over: bool = False,
+    allow_moves: bool = False,
+) -> Planned:
     """What `apply` would do now. Touches nothing. Raises Refused for another source, NewerState."""
     desired, host = load(paths, project), local_host()
     refuse_newer_state(host.root)
-    return _planned(desired, host, ApplyOptions(prune=prune, take_over=take_over))
+    return _planned(desired, host, ApplyOptions(prune=prune, take_over=take_over, allow_moves=allow_moves))
 
 
 def apply(
@@ -123,6 +131,7 @@ def _planned(desired: DesiredState, host: LocalHost, options: ApplyOptions) -> P
         take_over=options.take_over,
         ready_seconds=options.ready_seconds,
         waits=options.waits,
+        allow_moves=options.allow_moves,
     )
     return Planned(plan=sound_plan(desired, observed, plan_options), desired=desired, observed=observed)
 
@@ -210,10 +219,13 @@ def _carried_out(
 
 def _forget_the_dead(host: LocalHost, project: str, kept: set[EngineId]) -> None:
     """Records of processes that were stopped, or that nobody wants any more, have nothing left to hint at."""
-    alive = {engine.leader for engine in host.look().engines}
+    observed = host.look()
+    alive = {engine.leader for engine in observed.engines}
+    # As long as its memory is not back, its record tells whose that is, and keeps the device closed.
+    holding = {entry.pid for device in observed.devices for entry in device.lingering}
     records = Records(host.root)
     for record in records.read():
-        if record.engine.project != project or record.leader in alive:
+        if record.engine.project != project or record.leader in alive or record.leader.pid in holding:
             continue
         if record.phase == "stopping" or record.engine not in kept:
             records.forget(record.engine, record.leader)

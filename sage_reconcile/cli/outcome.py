@@ -71,6 +71,8 @@ def finish(outcome: Outcome, paint: Paint) -> None:
     message = f"{RESULTS[outcome.result]}: {_because(failures)}"
     if any(failure.environment for failure in failures):
         raise Environment(message, hint="is the disk full or read-only?")
+    if any(failure.unseen for failure in failures):
+        raise ObservationIncomplete(message, hint="sage gpu shows what the driver tells; sage status what runs")
     if outcome.result == "restored":
         raise ApplyRestored(message)
     raise ApplyStuck(message, hint="sage status shows what runs now; sage apply tries again")

@@ -13,6 +13,9 @@ _CHANGES_PENDING = 2
 
 NoPrune = Annotated[bool, typer.Option("--no-prune", help="Leave engines alone that no manifest asks for.")]
 TakeOver = Annotated[bool, typer.Option("--take-over", help="Take the project over from another path.")]
+AllowMoves = Annotated[
+    bool, typer.Option("--allow-moves", help="Start running engines again on other devices where that makes room.")
+]
 OnFailure = Annotated[str, typer.Option(metavar="rollback|halt|continue", help="What to do when an engine fails.")]
 Timeout = Annotated[str | None, typer.Option(metavar="DURATION", help="How long an engine may take to be ready.")]
 LockTimeout = Annotated[str, typer.Option(metavar="DURATION", help="How long to wait for another sage.")]
@@ -28,6 +31,7 @@ def plan(
     ] = False,
     no_prune: NoPrune = False,
     take_over: TakeOver = False,
+    allow_moves: AllowMoves = False,
     color: Colour = "auto",
 ) -> None:
     """Show what apply would change, and why. Touches nothing."""
@@ -35,7 +39,9 @@ def plan(
     from sage_reconcile.cli.outcome import blocked_error, show
 
     chosen("-o", output, ("text", "json"))
-    planned = verbs.plan(tuple(paths or ()), project=project, prune=not no_prune, take_over=take_over)
+    planned = verbs.plan(
+        tuple(paths or ()), project=project, prune=not no_prune, take_over=take_over, allow_moves=allow_moves
+    )
     if output == "json":
         from sage_reconcile.render.plan_json import plan_json
 
@@ -57,6 +63,7 @@ def apply(
     no_prune: NoPrune = False,
     allow_empty: Annotated[bool, typer.Option("--allow-empty", help="Apply what wants no engines.")] = False,
     take_over: TakeOver = False,
+    allow_moves: AllowMoves = False,
     timeout: Timeout = None,
     lock_timeout: LockTimeout = "0s",
     no_wait: Annotated[bool, typer.Option("--no-wait", help="End once engines run, before they are ready.")] = False,
@@ -78,6 +85,7 @@ def apply(
         ready_seconds=seconds_option("--timeout", timeout),
         lock_seconds=seconds_option("--lock-timeout", lock_timeout) or 0.0,
         waits=not no_wait,
+        allow_moves=allow_moves,
         dry_run=dry_run,
     )
     watcher = conversation.watcher("Apply?")

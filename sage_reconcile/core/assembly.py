@@ -14,7 +14,7 @@ from sage_reconcile.core.foreign import foreign, program_name
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.label import GATE, Label, parse_label
 from sage_reconcile.core.ledger import gaps as device_gaps
-from sage_reconcile.core.ledger import ledger, measured
+from sage_reconcile.core.ledger import ledger, lost, measured, misplaced
 from sage_reconcile.core.observed import Engine, Listener, ObservedState, model_of
 from sage_reconcile.core.spec import IDENTITY_FIELDS, canonical_json
 
@@ -40,7 +40,7 @@ def assemble(facts: Facts) -> ObservedState:
         taken_at=facts.taken_at,
         node=facts.node,
         boot_id=facts.boot_id,
-        devices=ledger(facts.devices, engines, by_pid, facts.node),
+        devices=ledger(facts, engines, by_pid),
         engines=tuple(sorted(engines, key=lambda engine: (engine.id, engine.leader))),
         foreign=foreign(processes, set(engine_of) | set(facts.own_pids), facts.listeners, engines),
         listeners=_listeners(facts, processes, engine_of),
@@ -53,6 +53,7 @@ def assemble(facts: Facts) -> ObservedState:
         routers=tuple(sorted(facts.routers, key=lambda router: router.pid)),
         exits=tuple(sorted(facts.exits, key=lambda exit_fact: exit_fact.leader)),
         applied=tuple(sorted(facts.applied, key=lambda applied: applied.engine)),
+        footprints=tuple(sorted(facts.footprints, key=lambda fact: (fact.key, fact.device_name, fact.version))),
         gaps=tuple(sorted(facts.gaps + device_gaps(facts.devices), key=lambda gap: (gap.what, gap.subject, gap.why))),
     )
 
@@ -137,6 +138,7 @@ def _engine(leader: ProcessIdentity, processes: list[ProcessFact], label: Label,
     health_fact = next((fact for fact in facts.healths if fact.leader == leader), None)
     first = sorted(processes, key=lambda fact: (fact.identity != leader, fact.identity))
     sockets = [fact for fact in facts.listeners if pids & set(fact.pids)]
+    used = measured(pids, facts.devices)
     host = resolved.placement.host
     engine = Engine(
         id=label.engine,
@@ -155,7 +157,9 @@ def _engine(leader: ProcessIdentity, processes: list[ProcessFact], label: Label,
         listens_on=tuple(sorted({fact.port for fact in sockets if _answers_at(fact.address, host)})),
         exposed=_exposed(sockets),
         intruder=_intruder(resolved.placement.port, pids, facts),
-        measured_bytes=measured(pids, facts.devices),
+        measured_bytes=used,
+        misplaced=misplaced(resolved.placement, used, facts.devices),
+        lost_devices=lost(resolved.placement, facts.gaps),
         in_flight=sum(count for router in facts.routers for key, count in router.in_flight if key == leader),
         started_at=record.started_at if record else 0.0,
         restarts=record.restarts if record else 0,
@@ -175,12 +179,23 @@ def _engine(leader: ProcessIdentity, processes: list[ProcessFact], label: Label,
         models=health_fact.models if health_fact else None,
         has_record=engine.has_record,
         phase=engine.phase,
+        device_trouble=_device_trouble(engine),
         proved=engine.proved,
         proof_failure=record.proof_failure if record else "",
         in_flight=engine.in_flight,
     )
     state, reason = health.state(signs)
     return replace(engine, state=state, reason=reason)
+
+
+def _device_trouble(engine: Engine) -> str:
+    """A sentence about devices that are lost, or that it must not use; empty when all is well."""
+    place = engine.resolved.placement
+    if engine.lost_devices:
+        indexes = dict(zip(place.devices, place.device_indexes, strict=False))
+        names = ", ".join(f"gpu{indexes[uuid]}" for uuid in engine.lost_devices)
+        return f"the driver has lost {names}, where it runs"
+    return engine.misplaced
 
 
 # Every address of the machine, in either family.

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
-from sage_reconcile.core.observed import ObservedState
+from sage_reconcile.core.observed import Engine, ObservedState
 from sage_reconcile.core.plan import Act, Plan, RelabelEngine, StartEngine, StopEngine
+from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.spec import IDENTITY_FIELDS, written_fields
 
 
@@ -41,7 +42,7 @@ def audit(plan: Plan, desired: DesiredState, observed: ObservedState) -> tuple[V
             engine=engine.id,
             leader=engine.leader,
             port=engine.resolved.placement.port,
-            devices=dict.fromkeys(engine.resolved.placement.devices, engine.resolved.placement.memory_bytes_per_device),
+            devices=_held(engine),
             written=engine.written,
         )
         for engine in observed.engines
@@ -96,7 +97,7 @@ def _carry_out(act: Act, seats: list[_Seat]) -> None:
                     engine=act.engine,
                     leader=None,
                     port=place.port,
-                    devices=dict.fromkeys(place.devices, place.memory_bytes_per_device),
+                    devices=_given(place),
                     written=act.written,
                 )
             )
@@ -118,16 +119,47 @@ def _start_violations(
         yield Violation(law="the port planned is the port told", what=f"{act.engine} is not told port {place.port}")
     if sum(seat.engine == act.engine for seat in seats) > 1:
         yield Violation(law="no engine twice", what=f"{act.engine} would run twice")
-    capacity = {device.uuid: device.total_bytes - device.unavailable_bytes for device in observed.devices}
-    for uuid in place.devices:
-        used = sum(seat.devices.get(uuid, 0) for seat in seats)
-        if used > capacity.get(uuid, 0):
-            yield Violation(law="no device is over-full", what=f"{uuid} would hold {used} bytes with {act.engine}")
-    visible = dict(act.env).get("CUDA_VISIBLE_DEVICES")
-    if visible != ",".join(place.devices):
-        yield Violation(law="an engine sees its planned devices", what=f"{act.engine} would see {visible!r}")
+    yield from _device_violations(act, observed, seats)
     if not any(wanted.id == act.engine for wanted in desired.wanted):
         yield Violation(law="only what is wanted starts", what=f"nobody wants {act.engine}")
+
+
+def _given(place: Placement) -> dict[str, int]:
+    return dict.fromkeys(place.devices, place.memory_bytes_per_device + place.context_bytes_per_device)
+
+
+def _held(engine: Engine) -> dict[str, int]:
+    """What an engine that runs counts for: what it was given, or what it uses where that is more."""
+    held = _given(engine.resolved.placement)
+    for uuid, used in engine.measured_bytes:
+        held[uuid] = max(held.get(uuid, 0), used)
+    return held
+
+
+def _device_violations(act: StartEngine, observed: ObservedState, seats: list[_Seat]) -> Iterable[Violation]:
+    """Its devices are there, hold all that is on them, and are what it is shown: by UUID, or by number."""
+    place = act.resolved.placement
+    devices = {device.uuid: device for device in observed.devices}
+    running = {seat.engine for seat in seats}
+    for uuid in place.devices:
+        device = devices.get(uuid)
+        if device is None or device.closed:
+            yield Violation(law="only devices that are there", what=f"{act.engine} on {uuid}, which is not to be had")
+            continue
+        # What a dead process has not given back is waited for by the start of the same engine, and by nobody else.
+        awaited = sum(entry.held_bytes for entry in device.lingering if entry.engine in running)
+        capacity = device.total_bytes - device.reserved_bytes - device.foreign_bytes + awaited
+        used = sum(seat.devices.get(uuid, 0) for seat in seats)
+        if used > capacity:
+            yield Violation(law="no device is over-full", what=f"{uuid} would hold {used} bytes with {act.engine}")
+    indexes = [str(devices[uuid].index) for uuid in place.devices if uuid in devices]
+    visible = dict(act.env).get("CUDA_VISIBLE_DEVICES")
+    if visible not in (",".join(place.devices), ",".join(indexes)):
+        yield Violation(law="an engine sees its planned devices", what=f"{act.engine} would see {visible!r}")
+    if len(set(place.devices)) != len(place.devices):
+        yield Violation(law="an engine sees its planned devices", what=f"{act.engine} has one device twice")
+    if dict(act.env).get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        yield Violation(law="an engine sees its planned devices", what=f"{act.engine} may count devices otherwise")
 
 
 def _unordered_violations(plan: Plan) -> Iterable[Violation]:
@@ -145,6 +177,18 @@ def _unordered_violations(plan: Plan) -> Iterable[Violation]:
             same_port = _port(act) is not None and _port(first) == _port(act)
             if same_port or first.engine == act.engine:
                 yield Violation(law="order", what=f"acts {earlier} and {later} on {act.engine} could overlap")
+            elif _devices(first) & _devices(act) and earlier not in getattr(act, "behind", ()):
+                yield Violation(law="order", what=f"acts {earlier} and {later} could overlap on a device")
+
+
+def _devices(act: Act) -> set[str]:
+    match act:
+        case StopEngine():
+            return set(act.devices)
+        case StartEngine():
+            return set(act.resolved.placement.devices)
+        case RelabelEngine():
+            return set()
 
 
 def _port(act: Act) -> int | None:

@@ -53,5 +53,7 @@ class DesiredState:
     prune_stacks: tuple[str, ...] | None = None
     # Ids that may be stopped when nobody wants them; None leaves that to `prune_stacks`.
     prune_ids: frozenset[EngineId] | None = None
+    # Bytes to keep free on each device.
+    reserve_bytes: int = 0
     # "sha256:..." of the files read; empty when none were.
     digest: str = ""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from sage_reconcile.core.compare import Change, written
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.identity import EngineId
+from sage_reconcile.core.needs import shape_of
 from sage_reconcile.core.observed import Engine, ObservedState, model_of, spec_of
 from sage_reconcile.core.ordering import Draft
 from sage_reconcile.core.plan import PlanOptions, RelabelEngine, StartEngine, Step, StopEngine
@@ -56,6 +57,7 @@ def _stop_act(engine: Engine, step: int) -> StopEngine:
         port=engine.resolved.placement.port,
         drain_seconds=spec.update.drain,
         grace_seconds=spec.update.grace,
+        devices=tuple(sorted({*engine.resolved.placement.devices, *(uuid for uuid, _ in engine.measured_bytes)})),
     )
 
 
@@ -81,7 +83,7 @@ def _start(
         return None
     spec, place, runtime = wanted.spec, placed[wanted.id], runtime_of(wanted.spec)
     resolved = _resolved(wanted, place, observed)
-    env = {**spec.env, **runtime.env(spec, place), **device_env(spec, place), "SPT_NOENV": "1"}
+    env = {**spec.env, **runtime.env(spec, place), **device_env(spec, place, runtime.device_names), "SPT_NOENV": "1"}
     return StartEngine(
         step=step,
         after=(),
@@ -116,7 +118,7 @@ def _resolved(wanted: Wanted, place: Placement, observed: ObservedState) -> Reso
     return Resolved(
         placement=place,
         runtime=runtime.name,
-        argv=runtime.argv(wanted.spec, program.argv, place),
+        argv=runtime.argv(wanted.spec, program.argv, place, shape_of(wanted.spec, observed)),
         directory=wanted.directory,
         defaults=canonical_json(default_fields()),
     )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
+from sage_reconcile.core.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,15 +88,21 @@ class ProgramFact:
     argv: tuple[str, ...]
     # Why it is missing and how to get it; empty when it is there.
     why: str = ""
+    # Something that differs when the program does; empty when nothing tells.
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFact:
-    """A model path that an engine may need. Hub ids are not looked up."""
+    """A model that an engine may need: a path, or a hub id, of which only the cache on this machine is looked at."""
 
     model: str
     # Why it cannot be used; empty when it can.
     why: str = ""
+    # What its files tell of its memory; None when nobody looked, or it cannot be told.
+    shape: ModelShape | None = None
+    # Why its shape cannot be told; empty when it can.
+    shape_why: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +174,17 @@ class AppliedFact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FootprintFact:
+    """The most memory that a ready engine was seen to use on one device."""
+
+    # core.needs.footprint_key of what was written, the device's name, and the program's version.
+    key: str
+    device_name: str
+    version: str
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
     """Something that should have been seen and could not be: not gone, not free, unknown."""
 
@@ -219,4 +237,5 @@ class Facts:
     routers: tuple[RouterFact, ...] = ()
     exits: tuple[ExitFact, ...] = ()
     applied: tuple[AppliedFact, ...] = ()
+    footprints: tuple[FootprintFact, ...] = ()
     gaps: tuple[Gap, ...] = field(default=())

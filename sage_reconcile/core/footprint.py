@@ -100,6 +100,11 @@ class Serving:
     without_windows: bool = False
 
 
+def context_bytes(devices: int) -> int:
+    """What each of an engine's devices loses to CUDA contexts beyond the budget that vLLM or SGLang is told."""
+    return _CONTEXT_SEVERAL_BYTES if devices > 1 else _CONTEXT_BYTES
+
+
 def footprint(shape: ModelShape, serving: Serving) -> Footprint:
     """The memory that serving the model takes on the device that needs most."""
     serving = _settled(shape, serving)
@@ -212,7 +217,7 @@ def _overheads(serving: Serving) -> tuple[Term, ...]:
     counted = "several devices" if several else "one device"
     context = Term(
         name="cuda_context",
-        memory_bytes=_CONTEXT_SEVERAL_BYTES if several and budgeted else _CONTEXT_BYTES,
+        memory_bytes=context_bytes(serving.tensor_parallel * serving.pipeline_parallel if budgeted else 1),
         why="the CUDA context, which no budget of an engine counts" if budgeted else "the CUDA context",
         in_budget=False,
     )

@@ -24,6 +24,8 @@ class Signs:
     models: tuple[str, ...] | None
     has_record: bool
     phase: str
+    # A sentence about devices that are lost, or that it must not use; empty when all is well.
+    device_trouble: str
     proved: bool
     proof_failure: str
     in_flight: int
@@ -34,10 +36,11 @@ def state(signs: Signs) -> tuple[str, str]:
 
     1. Without its first process it has failed, whatever its children do.
     2. A stop that was begun is told before anything else.
-    3. Every socket on its port must be its own.
-    4. It must listen where it was told to.
-    5. It must say that it is healthy, unless it is busy with requests.
-    6. It must have answered one request of its kind; without a record, its model list stands in.
+    3. It must run where it was placed.
+    4. Every socket on its port must be its own.
+    5. It must listen where it was told to.
+    6. It must say that it is healthy, unless it is busy with requests.
+    7. It must have answered one request of its kind; without a record, its model list stands in.
     """
     # (1)
     if not signs.leader_alive:
@@ -46,22 +49,22 @@ def state(signs: Signs) -> tuple[str, str]:
     if signs.phase:
         return signs.phase, "SIGKILL did not end it" if signs.phase == "stuck" else "a stop was begun"
     not_yet = "unready" if signs.proved else "starting"
-    # (3)
-    if signs.intruder:
-        return not_yet, signs.intruder
-    # (4)
+    # (3), (4)
+    if signs.device_trouble or signs.intruder:
+        return not_yet, signs.device_trouble or signs.intruder
+    # (5)
     if signs.port not in signs.listens_on:
         if signs.listens_at:
             return not_yet, f"listens on {', '.join(signs.listens_at)}, not on {signs.host}:{signs.port}"
         return not_yet, f"does not listen on {signs.host}:{signs.port}" + ("" if signs.proved else " yet")
-    # (5)
+    # (6)
     if signs.health != "ok":
         if signs.proved and signs.in_flight and signs.health in ("silent", "unasked"):
             return "ready", f"busy with {signs.in_flight} requests"
         if signs.health == "unasked":
             return ("ready", "") if signs.proved else ("starting", "has not been asked yet")
         return not_yet, signs.health_detail or f"its health is {signs.health}"
-    # (6)
+    # (7)
     if signs.proved:
         return "ready", ""
     if not signs.has_record:

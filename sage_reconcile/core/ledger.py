@@ -1,16 +1,23 @@
-"""Whose the memory of each device is: facts of the driver joined with engines and processes. Pure.
+"""Whose the memory of each device is: facts of the driver joined with engines, records and processes. Pure.
 
 There is no ledger on disk: it is derived anew at every look, so nothing in it can leak.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from sage_reconcile.core.facts import DeviceFact, Gap, ProcessFact
+from sage_reconcile.core.facts import DeviceFact, Facts, Gap, ProcessFact, RecordFact
 from sage_reconcile.core.foreign import program_name
-from sage_reconcile.core.observed import Device, Engine, Holder
+from sage_reconcile.core.identity import ProcessIdentity
+from sage_reconcile.core.label import parse_label
+from sage_reconcile.core.observed import Device, Engine, Holder, Lingering
+from sage_reconcile.core.resolved import Placement
 
 # A device whose memory is used by a process that this machine does not show: it is in another pid namespace, or gone.
 _UNKNOWN = "?"
+
+# What nobody holds and is less than this is the driver's own: it comes and goes as processes do.
+DRIVER_SLACK_BYTES = 64 * 1024 * 1024
 
 
 def measured(engine_pids: Iterable[int], devices: Iterable[DeviceFact]) -> tuple[tuple[str, int], ...]:
@@ -24,15 +31,39 @@ def measured(engine_pids: Iterable[int], devices: Iterable[DeviceFact]) -> tuple
     return tuple(sorted(sums.items()))
 
 
-def ledger(
-    facts: Iterable[DeviceFact], engines: Iterable[Engine], processes: Mapping[int, ProcessFact], node: str
-) -> tuple[Device, ...]:
-    """The devices, in the order of their indexes. `processes` are the live ones, by pid."""
-    facts, engines = tuple(facts), tuple(engines)
-    islands = _islands(facts)
+def misplaced(placement: Placement, used: Iterable[tuple[str, int]], devices: Iterable[DeviceFact]) -> str:
+    """A sentence about devices that an engine uses and was not placed on; empty when there are none."""
+    names = {device.uuid: f"gpu{device.index}" for device in devices}
+    elsewhere = [(names[uuid], size) for uuid, size in used if uuid not in placement.devices and size > 0]
+    if not elsewhere:
+        return ""
+    uses = ", ".join(f"{size / 1024**3:.1f} GiB of {name}" for name, size in elsewhere)
+    planned = ", ".join(f"gpu{index}" for index in placement.device_indexes) or "no GPU"
+    return f"uses {uses}, and was placed on {planned}"
+
+
+def lost(placement: Placement, gaps: Iterable[Gap]) -> tuple[str, ...]:
+    """The UUIDs of a placement's devices that the driver has lost, which is more than not to see them."""
+    subjects = {gap.subject for gap in gaps if gap.what == "lost device"}
     return tuple(
-        _device(fact, engines, processes, node, islands[fact.uuid])
-        for fact in sorted(facts, key=lambda fact: (fact.index, fact.uuid))
+        uuid
+        for uuid, index in zip(placement.devices, placement.device_indexes, strict=False)
+        if uuid in subjects or str(index) in subjects
+    )
+
+
+def ledger(facts: Facts, engines: Iterable[Engine], processes: Mapping[int, ProcessFact]) -> tuple[Device, ...]:
+    """The devices, in the order of their indexes. `processes` are the live ones, by pid."""
+    islands = _islands(facts.devices)
+    view = _View(
+        facts=facts,
+        engines=tuple(engines),
+        processes=processes,
+        dead=_dead(facts, engines, processes),
+    )
+    return tuple(
+        _device(fact, view, islands[fact.uuid])
+        for fact in sorted(facts.devices, key=lambda fact: (fact.index, fact.uuid))
     )
 
 
@@ -50,25 +81,74 @@ def gaps(facts: Iterable[DeviceFact]) -> tuple[Gap, ...]:
     )
 
 
-def _device(
-    fact: DeviceFact, engines: tuple[Engine, ...], processes: Mapping[int, ProcessFact], node: str, island: int
-) -> Device:
-    ours = {process.pid for engine in engines for process in engine.members}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Dead:
+    """An engine of this boot that has no process any more, as its record has it."""
+
+    record: RecordFact
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _View:
+    """What a device is looked at with."""
+
+    facts: Facts
+    engines: tuple[Engine, ...]
+    processes: Mapping[int, ProcessFact]
+    dead: tuple[_Dead, ...]
+
+    def held_by_live(self, fact: DeviceFact) -> int:
+        """What live processes hold. A pid of another namespace is alive; one that was ours and is gone is not."""
+        gone = {member.pid for known in self.facts.known for member in known.members}
+        gone |= {dead.record.leader.pid for dead in self.dead}
+        gone -= set(self.processes)
+        return sum(process.used_bytes for process in fact.processes if process.pid not in gone)
+
+
+def _dead(facts: Facts, engines: Iterable[Engine], processes: Mapping[int, ProcessFact]) -> tuple[_Dead, ...]:
+    """The latest first, so that it is the latest that memory is taken to be of."""
+    live = {engine.leader for engine in engines}
+    found = []
+    for record in sorted(facts.records, key=lambda record: (-record.started_at, record.engine, record.leader)):
+        label = parse_label(dict(record.label))
+        if label is None or record.leader in live or _runs_still(record.leader, facts, processes):
+            continue
+        if label.resolved.placement.devices:
+            found.append(_Dead(record=record, placement=label.resolved.placement))
+    return tuple(found)
+
+
+def _runs_still(leader: ProcessIdentity, facts: Facts, processes: Mapping[int, ProcessFact]) -> bool:
+    if leader.boot_id != facts.boot_id:
+        return True  # Of another boot: nothing of this one can be its own.
+    process = processes.get(leader.pid)
+    return process is not None and process.identity == leader
+
+
+def _device(fact: DeviceFact, view: _View, island: int) -> Device:
+    ours = {process.pid for engine in view.engines for process in engine.members}
     holders = tuple(
-        _holder(process.pid, process.used_bytes, processes)
+        _holder(process.pid, process.used_bytes, view.processes)
         for process in sorted(fact.processes, key=lambda process: (-process.used_bytes, process.pid))
         if process.pid not in ours
     )
+    foreign = max(fact.used_bytes - _ours(fact, view.engines, ours), 0)
+    orphaned = max(fact.used_bytes - view.held_by_live(fact), 0) if fact.processes_known else foreign
+    lingering = _lingering(fact, view, min(orphaned, foreign))
     return Device(
-        node=node,
+        node=view.facts.node,
         index=fact.index,
         uuid=fact.uuid,
         name=fact.name,
         total_bytes=fact.total_bytes,
         reserved_bytes=fact.reserved_bytes,
         used_bytes=fact.used_bytes,
-        foreign_bytes=max(fact.used_bytes - _ours(fact, engines, ours), 0),
+        foreign_bytes=foreign,
         holders=holders,
+        orphaned_bytes=orphaned,
+        lingering=lingering,
+        closed=_closed(lingering, view),
         island=island,
         utilization_percent=fact.utilization_percent,
         temperature_celsius=fact.temperature_celsius,
@@ -87,7 +167,33 @@ def _ours(fact: DeviceFact, engines: tuple[Engine, ...], pids: set[int]) -> int:
     if fact.processes_known:
         return sum(process.used_bytes for process in fact.processes if process.pid in pids)
     places = [engine.resolved.placement for engine in engines]
-    return sum(place.memory_bytes_per_device for place in places if fact.uuid in place.devices)
+    return sum(place.counted_bytes_per_device for place in places if fact.uuid in place.devices)
+
+
+def _lingering(fact: DeviceFact, view: _View, orphaned: int) -> tuple[Lingering, ...]:
+    """Orphaned memory, given out to the dead that had a place here, the latest first, each no more than it could have.
+
+    An engine that used more than it was given leaves the rest to nobody: that stays foreign.
+    """
+    if orphaned <= DRIVER_SLACK_BYTES:
+        return ()
+    found = []
+    for dead in view.dead:
+        if fact.uuid not in dead.placement.devices or orphaned <= 0:
+            continue
+        held = min(orphaned, dead.placement.counted_bytes_per_device)
+        orphaned -= held
+        found.append(Lingering(engine=dead.record.engine, pid=dead.record.leader.pid, held_bytes=held))
+    return tuple(found)
+
+
+def _closed(lingering: tuple[Lingering, ...], view: _View) -> str:
+    """Why nothing may be placed on a device: its memory did not come back after a stop."""
+    stuck = {dead.record.leader.pid for dead in view.dead if dead.record.phase == "stuck"}
+    found = next((entry for entry in lingering if entry.pid in stuck), None)
+    if found is None:
+        return ""
+    return f"{found.engine} (pid {found.pid}) ended, and {found.held_bytes / 1024**3:.1f} GiB did not come back"
 
 
 def _holder(pid: int, used_bytes: int, processes: Mapping[int, ProcessFact]) -> Holder:

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from sage_reconcile.core.facts import (
     AppliedFact,
     ExitFact,
+    FootprintFact,
     Gap,
     ModelFact,
     ProgramFact,
@@ -31,6 +32,15 @@ class Holder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lingering:
+    """Memory that a dead engine of ours has not given back yet: only the same engine may count on it."""
+
+    engine: EngineId
+    pid: int
+    held_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
     """A GPU or MIG slice, and whose its memory is."""
 
@@ -46,6 +56,12 @@ class Device:
     # The part of it that is not our engines': of foreign processes, of dead ones, or of nobody that the driver names.
     foreign_bytes: int = 0
     holders: tuple[Holder, ...] = ()
+    # The part of the foreign bytes that no live process holds: a driver frees the memory of the dead after a while.
+    orphaned_bytes: int = 0
+    # Whose of our engines' that was, as far as records tell.
+    lingering: tuple[Lingering, ...] = ()
+    # Why nothing may be placed here, in a sentence; empty when it may.
+    closed: str = ""
     # Devices of one island reach each other fast.
     island: int = 0
     utilization_percent: int | None = None
@@ -91,6 +107,10 @@ class Engine:
     in_flight: int = 0
     # What its members use of each device, by UUID, as the driver tells it.
     measured_bytes: tuple[tuple[str, int], ...] = ()
+    # A sentence about memory that it uses where it was not placed; empty when it does not.
+    misplaced: str = ""
+    # The UUIDs of its devices that are lost.
+    lost_devices: tuple[str, ...] = ()
     # Epoch seconds; 0 when not known.
     started_at: float = 0.0
     restarts: int = 0
@@ -144,6 +164,7 @@ class ObservedState:
     routers: tuple[RouterFact, ...] = ()
     exits: tuple[ExitFact, ...] = ()
     applied: tuple[AppliedFact, ...] = ()
+    footprints: tuple[FootprintFact, ...] = ()
     gaps: tuple[Gap, ...] = ()
 
 
@@ -172,7 +193,7 @@ def held_bytes(engine: Engine, uuid: str) -> int:
     So it counts for all of it while its weights still load.
     """
     place = engine.resolved.placement
-    declared = place.memory_bytes_per_device if uuid in place.devices else 0
+    declared = place.counted_bytes_per_device if uuid in place.devices else 0
     return max(declared, dict(engine.measured_bytes).get(uuid, 0))
 
 

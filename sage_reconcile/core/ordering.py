@@ -1,8 +1,11 @@
 """The order of acts: what must come before what, and one order that keeps every prefix sound."""
 
 import heapq
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from sage_reconcile.core.identity import EngineId, ProcessIdentity
+from sage_reconcile.core.observed import ObservedState, free_bytes, held_bytes
 from sage_reconcile.core.plan import Act, RelabelEngine, StartEngine, StopEngine
 
 
@@ -14,29 +17,130 @@ class Draft:
     depends_on: tuple[str, ...] = ()
 
 
-def ordered_acts(drafts: list[Draft]) -> tuple[Act, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """The memory of the devices before anything is done, in bytes by UUID."""
+
+    free: Mapping[str, int]
+    # What each process that may be stopped holds.
+    held: Mapping[ProcessIdentity, Mapping[str, int]]
+    # What an engine's dead process has not given back yet, and only its own start may count on: by engine.
+    lingering: Mapping[EngineId, Mapping[str, int]]
+
+
+def room_of(observed: ObservedState) -> Room:
+    lingering: dict[EngineId, dict[str, int]] = {}
+    for device in observed.devices:
+        for entry in device.lingering:
+            own = lingering.setdefault(entry.engine, {})
+            own[device.uuid] = own.get(device.uuid, 0) + entry.held_bytes
+    return Room(
+        free={device.uuid: free_bytes(device, observed.engines) for device in observed.devices},
+        held={
+            engine.leader: {device.uuid: held_bytes(engine, device.uuid) for device in observed.devices}
+            for engine in observed.engines
+        },
+        lingering=lingering,
+    )
+
+
+def ordered_acts(drafts: list[Draft], room: Room) -> tuple[Act, ...]:
     """The acts in an order in which they are sound, each with the indexes of those that it must wait for.
 
-    Must: a start waits for the stop of its predecessor, and for the stop of whoever has its port. Should, where no
+    Must: a start waits for the stop of its predecessor, of whoever has its port, and of those whose memory it needs.
+    Acts that share a device come one after the other, in this order (`behind`): engines that start side by side measure
+    each other, and so does one that starts while another ends. Should, where no
     circle comes of it: a start waits for the start of what it depends on (manifests have no circles, but a restore
     takes each engine as it once was); replicas are replaced one after the other, an engine is replaced after what it
     depends on is back, and an engine that others depend on is stopped after them.
     """
+    needed: set[tuple[int, int]] = set()
+    while True:
+        before = _edges(drafts, needed)
+        order = _topological(drafts, before)
+        more = _needed_stops([drafts[old].act for old in order], room)
+        if not more:
+            break
+        needed |= {(order[stop], order[start]) for stop, start in more}
+    place = {old: new for new, old in enumerate(order)}
+    acts = [replace(drafts[old].act, after=tuple(sorted(place[earlier] for earlier in before[old]))) for old in order]
+    return _one_after_the_other(acts)
+
+
+def _edges(drafts: list[Draft], needed: set[tuple[int, int]]) -> list[set[int]]:
+    """For each draft those that come before it. `needed` are (stop, start) of engines whose memory others need."""
     count = len(drafts)
     before: list[set[int]] = [set() for _ in range(count)]
     pairs = [(first, second) for first in range(count) for second in range(count) if first != second]
     for first, second in pairs:
-        if _must(drafts[first], drafts[second]):
+        if _must(drafts[first], drafts[second]) or (first, second) in needed:
             before[second].add(first)
     for wish in (_starts_after, _should):
         for first, second in pairs:
             if wish(drafts[first], drafts[second]) and not _reaches(before, first, second):
                 before[second].add(first)
-    order = _topological(drafts, before)
-    place = {old: new for new, old in enumerate(order)}
-    return tuple(
-        replace(drafts[old].act, after=tuple(sorted(place[earlier] for earlier in before[old]))) for old in order
-    )
+    return before
+
+
+def _needed_stops(acts: list[Act], room: Room) -> set[tuple[int, int]]:
+    """(stop, start) by their places in this order, for the first start that finds a device full: all later stops there.
+
+    Nothing where every start finds room. A start that finds none and has no stop to wait for is left to the audit.
+    """
+    free = dict(room.free)
+    for index, act in enumerate(acts):
+        match act:
+            case StopEngine():
+                for uuid, size in room.held.get(act.leader, {}).items():
+                    free[uuid] = free.get(uuid, 0) + size
+            case StartEngine():
+                place, own = act.resolved.placement, room.lingering.get(act.engine, {})
+                for uuid in place.devices:
+                    free[uuid] = free.get(uuid, 0) + own.get(uuid, 0) - place.counted_bytes_per_device
+                full = {uuid for uuid in place.devices if free[uuid] < 0}
+                later = {
+                    (number, index)
+                    for number, other in enumerate(acts)
+                    if number > index and isinstance(other, StopEngine) and full & set(other.devices)
+                }
+                if later:
+                    return later
+    return set()
+
+
+def _one_after_the_other(acts: list[Act]) -> tuple[Act, ...]:
+    """The acts, each with those on its devices that must have ended before. Stops only free, so they may overlap."""
+    ordered: list[Act] = []
+    for index, act in enumerate(acts):
+        if isinstance(act, RelabelEngine) or not _devices(act):
+            ordered.append(act)
+            continue
+        behind = tuple(
+            earlier
+            for earlier in range(index)
+            if _devices(acts[earlier]) & _devices(act)
+            and StartEngine in (type(acts[earlier]), type(act))
+            and earlier not in act.after
+        )
+        ordered.append(replace(act, behind=behind))
+    return tuple(_waiting(act, index, ordered) for index, act in enumerate(ordered))
+
+
+def _waiting(act: Act, index: int, acts: list[Act]) -> Act:
+    """A start that others come behind is done only once its engine is ready."""
+    if isinstance(act, StartEngine) and any(index in getattr(other, "behind", ()) for other in acts):
+        return replace(act, waits=True)
+    return act
+
+
+def _devices(act: Act) -> set[str]:
+    match act:
+        case StopEngine():
+            return set(act.devices)
+        case StartEngine():
+            return set(act.resolved.placement.devices)
+        case RelabelEngine():
+            return set()
 
 
 def _must(first: Draft, second: Draft) -> bool:

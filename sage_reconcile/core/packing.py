@@ -15,26 +15,32 @@ BUDGET_NODES = 20_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """One device. `free_bytes` counts every item as gone from where it is now."""
+    """One device. `free_bytes` counts every item as gone from where it is now; below 0 where others hold too much."""
 
     free_bytes: int
     # Devices of one island reach each other fast (NVLink, or one NUMA node).
     island: int = 0
+    # The same for devices of one type and size.
+    kind: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """Something that wants the same memory on `count` different devices. Devices are indexes of the slots."""
+    """Something that wants memory on `count` different devices. Devices are indexes of the slots.
+
+    Several devices are of one kind: the ranks of an engine are all told the same fraction of their device.
+    """
 
     key: str
-    need_bytes: int
+    # What it needs on each slot, since a fraction of a device is more on a larger one. Only `allowed` is looked at.
+    need_bytes: tuple[int, ...]
     count: int
     # The devices that it may have.
     allowed: tuple[int, ...]
     # The devices that it has now, or had; empty for something new.
     home: tuple[int, ...] = ()
-    # What it holds on each device of its home if it gets no new place: what runs now is kept then.
-    stays_bytes: int = 0
+    # What it holds on each device of its home, if it gets no new place: what runs now is kept then. Empty if none runs.
+    stays_bytes: tuple[int, ...] = ()
     # Whether it runs as it should, so that another place than its home means to move it. It is never left out.
     runs: bool = False
     # Items of one group (the replicas of an engine) rather have different devices.
@@ -48,7 +54,7 @@ class Cost:
     1. `left_out`: items without a place. 2. `moves`: running items that leave their home. 3. `strays`: others that
     come back elsewhere than at their home. 4. `crossings`: islands beyond the first, over all items.
     5. `crowding`: pairs of one group on one device. 6. `scatter`: minus the sum of squares of what stays free, so that
-    what is free stays in large pieces.
+    what is free stays in large pieces; on an over-full device nothing is free.
     """
 
     left_out: int
@@ -77,16 +83,17 @@ def pack(
     present: tuple[tuple[str, int], ...] = (),
     budget_nodes: int = BUDGET_NODES,
 ) -> Packing | None:
-    """The best packing of the items; None when what runs does not fit even as it is.
+    """The best packing of the items; None when something that runs may not stay at its home and gets no other place.
 
+    What is kept where it is needs no room: the memory is its already. But a device that gets something new holds all
+    that is on it. So what runs on an over-full device goes on, and nothing new comes there.
     `present` are (group, device) of engines that stay and are no items.
     """
-    ordered = sorted(items, key=lambda item: (-item.need_bytes * item.count, -item.count, item.key))
-    search = _Search(slots=slots, items=tuple(ordered), budget_nodes=budget_nodes, present=present)
+    search = _Search(slots=slots, wishes=_wishes(slots, items), budget_nodes=budget_nodes, present=present)
     search.run()
     if search.best_cost is None:
         return None
-    places = {item.key: place for item, place in zip(search.items, search.best_places, strict=True)}
+    places = {wish.item.key: place for wish, place in zip(search.wishes, search.best_places, strict=True)}
     return Packing(
         places=dict(sorted(places.items())),
         cost=search.best_cost,
@@ -96,6 +103,73 @@ def pack(
 
 
 _Place = tuple[int, ...] | None
+# What is taken of which device.
+_Used = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wish:
+    """An item, and what of it stays the same during the search."""
+
+    item: Item
+    # The devices that may be combined, those where it needs the least first: all, or for several a row for each kind.
+    rows: tuple[tuple[int, ...], ...]
+    # In ascending order, as every place.
+    home: tuple[int, ...]
+    # Whether its home is one of its places. What runs may stay at a home of several kinds.
+    has_home: bool
+    # What it holds if nothing of it changes.
+    kept: _Used
+    # What that takes at least, and its sum of squares: only from devices that cannot become over-full.
+    stays_least: tuple[int, int]
+
+
+def _wishes(slots: tuple[Slot, ...], items: tuple[Item, ...]) -> tuple[_Wish, ...]:
+    """The items in the order of the search, the largest first."""
+    held = [0] * len(slots)
+    for item in items:
+        assert len(item.need_bytes) == len(slots), item.key
+        assert len(item.stays_bytes) in (0, len(item.home)), item.key
+        for device, size in _kept(item):
+            held[device] += size
+    wishes = []
+    for item in items:
+        rows, kept = _rows(slots, item), _kept(item)
+        sure = [size for device, size in kept if held[device] <= slots[device].free_bytes]
+        allowed = item.runs or any(len(item.home) == item.count and set(item.home) <= set(row) for row in rows)
+        wishes.append(
+            _Wish(
+                item=item,
+                rows=rows,
+                home=tuple(sorted(item.home)),
+                has_home=bool(item.home) and allowed and set(item.home) <= set(item.allowed),
+                kept=kept,
+                stays_least=(sum(sure), sum(size * size for size in sure)),
+            )
+        )
+    return tuple(sorted(wishes, key=_order))
+
+
+def _kept(item: Item) -> _Used:
+    """What the item holds, by device, if nothing of it changes."""
+    if item.runs:
+        return tuple((device, item.need_bytes[device]) for device in item.home)
+    return tuple(zip(item.home, item.stays_bytes, strict=True)) if item.stays_bytes else ()
+
+
+def _rows(slots: tuple[Slot, ...], item: Item) -> tuple[tuple[int, ...], ...]:
+    devices = sorted(item.allowed, key=lambda device: (item.need_bytes[device], device))
+    if item.count <= 1:
+        return (tuple(devices),)
+    kinds = sorted({slots[device].kind for device in devices})
+    rows = (tuple(device for device in devices if slots[device].kind == kind) for kind in kinds)
+    return tuple(row for row in rows if len(row) >= item.count)
+
+
+def _order(wish: _Wish) -> tuple[int, int, str]:
+    item = wish.item
+    least = min((sum(item.need_bytes[device] for device in row[: item.count]) for row in wish.rows), default=0)
+    return -least, -item.count, item.key
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,13 +177,15 @@ class _Search:
     """Depth first over the items, the largest first. What is tried first for each is what is most likely the best."""
 
     slots: tuple[Slot, ...]
-    items: tuple[Item, ...]
+    wishes: tuple[_Wish, ...]
     budget_nodes: int
     present: tuple[tuple[str, int], ...]
     nodes: int = 0
     best_cost: Cost | None = None
     best_places: tuple[_Place, ...] = ()
     _free: list[int] = field(default_factory=list)
+    # How many each device has that are new there.
+    _fresh: list[int] = field(default_factory=list)
     # How many of each group each device has.
     _groups: list[dict[str, int]] = field(default_factory=list)
     _places: list[_Place] = field(default_factory=list)
@@ -117,117 +193,217 @@ class _Search:
     _alike: tuple[int, ...] = ()
 
     def run(self) -> None:
+        looks = [self._look(number) for number in range(len(self.slots))]
+        self._alike = tuple(looks.index(look) for look in looks)
+        self._keep()
+        self._descend(0, self._begin())
+
+    def _look(self, device: int) -> tuple[object, ...]:
+        """All by which items tell the device from another that has as much free."""
+        slot, looks = self.slots[device], []
+        for wish in self.wishes:
+            need = wish.item.need_bytes[device] if device in wish.item.allowed else None
+            looks.append((need, device in wish.home, dict(wish.kept).get(device)))
+        return slot.island, slot.kind, *looks
+
+    def _begin(self) -> Cost:
         self._free = [slot.free_bytes for slot in self.slots]
+        self._fresh = [0 for _ in self.slots]
         self._groups = [{} for _ in self.slots]
         for group, device in self.present:
             self._groups[device][group] = self._groups[device].get(group, 0) + 1
-        looks = [
-            (slot.island, *((number in item.allowed, number in item.home) for item in self.items))
-            for number, slot in enumerate(self.slots)
-        ]
-        self._alike = tuple(looks.index(look) for look in looks)
-        squares = sum(free * free for free in self._free)
-        self._descend(0, Cost(left_out=0, moves=0, strays=0, crossings=0, crowding=0, scatter=-squares))
+        squares = sum(_square(free) for free in self._free)
+        return Cost(left_out=0, moves=0, strays=0, crossings=0, crowding=0, scatter=-squares)
+
+    def _keep(self) -> None:
+        """The answer to begin with, so that there is one whatever the budget: what runs stays, all else is left out."""
+        cost = self._begin()
+        places = tuple(wish.home if wish.item.runs else None for wish in self.wishes)
+        for wish, place in zip(self.wishes, places, strict=True):
+            if place is not None and not wish.has_home:
+                return
+            cost = self._with(wish, place, wish.kept, cost)
+            self._occupy(wish.item.group, wish.kept, False, 1)
+        self.best_cost, self.best_places = cost, places
 
     def _descend(self, depth: int, cost: Cost) -> None:
         self.nodes += 1
         if self.nodes > self.budget_nodes:
             return
-        if self.best_cost is not None and self._bound(depth, cost) >= self.best_cost:
+        bound = self._bound(depth, cost)
+        if bound is None or (self.best_cost is not None and bound >= self.best_cost):
             return
-        if depth == len(self.items):
+        if depth == len(self.wishes):
             self.best_cost, self.best_places = cost, tuple(self._places)
             return
-        item = self.items[depth]
-        for place in self._choices(item):
-            # Left out, what runs of it now goes on where it is.
-            devices, used = (item.home, item.stays_bytes) if place is None else (place, item.need_bytes)
-            after = self._with(item, place, devices, used, cost)
-            self._occupy(item, devices, used, 1)
+        wish = self.wishes[depth]
+        for place in self._choices(wish):
+            used, fresh = _used(wish, place), not _stays(wish, place)
+            after = self._with(wish, place, used, cost)
+            self._occupy(wish.item.group, used, fresh, 1)
             self._places.append(place)
             self._descend(depth + 1, after)
             self._places.pop()
-            self._occupy(item, devices, used, -1)
+            self._occupy(wish.item.group, used, fresh, -1)
             if self.nodes > self.budget_nodes:
                 return
 
-    def _occupy(self, item: Item, devices: tuple[int, ...], used: int, sign: int) -> None:
-        for device in devices:
-            self._free[device] -= sign * used
-            if item.group:
-                self._groups[device][item.group] = self._groups[device].get(item.group, 0) + sign
+    def _occupy(self, group: str, used: _Used, fresh: bool, sign: int) -> None:
+        for device, size in used:
+            self._free[device] -= sign * size
+            self._fresh[device] += sign * fresh
+            if group:
+                self._groups[device][group] = self._groups[device].get(group, 0) + sign
 
-    def _with(self, item: Item, place: _Place, devices: tuple[int, ...], used: int, cost: Cost) -> Cost:
+    def _with(self, wish: _Wish, place: _Place, used: _Used, cost: Cost) -> Cost:
         """The cost once the item has this place."""
-        away = _is_away(item, place)
-        free = self._free
+        away = _is_away(wish, place)
         return Cost(
             left_out=cost.left_out + (place is None),
-            moves=cost.moves + (away and item.runs),
-            strays=cost.strays + (away and not item.runs),
+            moves=cost.moves + (away and wish.item.runs),
+            strays=cost.strays + (away and not wish.item.runs),
             crossings=cost.crossings + self._crossings(place or ()),
-            crowding=cost.crowding + self._crowding(item, devices),
-            scatter=cost.scatter + sum(free[device] ** 2 - (free[device] - used) ** 2 for device in devices),
+            crowding=cost.crowding + self._crowding(wish.item, used),
+            scatter=cost.scatter + self._scatter(used),
         )
-
-    def _crowding(self, item: Item, devices: tuple[int, ...]) -> int:
-        return sum(self._groups[device].get(item.group, 0) for device in devices) if item.group else 0
 
     def _crossings(self, place: tuple[int, ...]) -> int:
         return max(len({self.slots[device].island for device in place}) - 1, 0)
 
-    def _choices(self, item: Item) -> Iterator[_Place]:
+    def _crowding(self, item: Item, used: _Used) -> int:
+        return sum(self._groups[device].get(item.group, 0) for device, _ in used) if item.group else 0
+
+    def _scatter(self, used: _Used) -> int:
+        return sum(_square(self._free[device]) - _square(self._free[device] - size) for device, size in used)
+
+    def _choices(self, wish: _Wish) -> Iterator[_Place]:
         """The places that the item can have now, those that look best first; to be left out is the last resort."""
-        fitting = [device for device in item.allowed if self._free[device] >= item.need_bytes]
-        looks = {device: (self._alike[device], self._free[device], *self._neighbours(device)) for device in fitting}
-        seen: set[tuple[object, ...]] = set()
-        choices = []
-        for place in combinations(fitting, item.count):
-            # Of places that differ only by devices that nothing tells apart, one is enough.
-            look = tuple(sorted(looks[device] for device in place))
-            if look not in seen:
-                seen.add(look)
-                choices.append(place)
-        yield from sorted(choices, key=lambda place: self._rank(item, place))
-        if not item.runs and all(self._free[device] >= item.stays_bytes for device in item.home):
+        item = wish.item
+        choices = [place for place in self._new_places(wish) if not _stays(wish, place)]
+        if item.runs and self._may_stay(wish):
+            choices.append(wish.home)
+        yield from sorted(choices, key=lambda place: self._rank(wish, place))
+        if not item.runs and self._may_keep(wish):
             yield None
+
+    def _new_places(self, wish: _Wish) -> Iterator[tuple[int, ...]]:
+        """Where it fits. Of places that differ only by devices that nothing tells apart, one is enough."""
+        need, free = wish.item.need_bytes, self._free
+        seen: set[tuple[object, ...]] = set()
+        for row in wish.rows:
+            fitting = sorted(device for device in row if free[device] >= need[device])
+            looks = {
+                device: (self._alike[device], free[device], self._fresh[device] > 0, *self._neighbours(device))
+                for device in fitting
+            }
+            for place in combinations(fitting, wish.item.count):
+                look = tuple(sorted(looks[device] for device in place))
+                if look not in seen:
+                    seen.add(look)
+                    yield place
 
     def _neighbours(self, device: int) -> list[tuple[str, int]]:
         return sorted(entry for entry in self._groups[device].items() if entry[1])
 
-    def _rank(self, item: Item, place: tuple[int, ...]) -> tuple[object, ...]:
-        left = sum(self._free[device] - item.need_bytes for device in place)
-        return _is_away(item, place), self._crossings(place), self._crowding(item, place), left, place
-
-    def _bound(self, depth: int, cost: Cost) -> Cost:
-        """No packing below this node costs less.
-
-        Memory only ever gets less: an item that fits nowhere now is left out, and of the others no more are placed than
-        all free memory together holds, the smallest first. An item that is placed where f is free takes 2fx - x*x from
-        the sum of squares, at least x*x, since x <= f.
-        """
-        sizes, squares, left_out = [], 0, cost.left_out
-        for item in self.items[depth:]:
-            if sum(self._free[device] >= item.need_bytes for device in item.allowed) < item.count:
-                left_out += 1
-            else:
-                sizes.append(item.need_bytes * item.count)
-                squares += item.count * item.need_bytes**2
-        room = sum(free for free in self._free if free > 0)
-        for size in sorted(sizes):
-            room -= size
-            left_out += room < 0
-        return Cost(
-            left_out=left_out,
-            moves=cost.moves,
-            strays=cost.strays,
-            crossings=cost.crossings,
-            crowding=cost.crowding,
-            # With more left out than that the packing is worse by its first figure already.
-            scatter=cost.scatter + (squares if left_out == cost.left_out else 0),
+    def _rank(self, wish: _Wish, place: tuple[int, ...]) -> tuple[object, ...]:
+        used = _used(wish, place)
+        return (
+            _is_away(wish, place),
+            self._crossings(place),
+            self._crowding(wish.item, used),
+            self._scatter(used),
+            place,
         )
 
+    def _may_stay(self, wish: _Wish) -> bool:
+        """Whether what runs can stay at its home."""
+        return wish.has_home and self._may_keep(wish)
 
-def _is_away(item: Item, place: _Place) -> bool:
+    def _may_keep(self, wish: _Wish) -> bool:
+        """Whether what the item holds can stay: nothing new is on its devices, or there is room for both."""
+        return all(not self._fresh[device] or self._free[device] >= size for device, size in wish.kept)
+
+    def _bound(self, depth: int, cost: Cost) -> Cost | None:
+        """No packing below this node costs less; None if there is none below.
+
+        Memory only ever gets less. 1. An item that fits nowhere now is left out. 2. Of the others no more are placed
+        than all free memory together holds, the smallest first; but what runs is placed. 3. What runs and cannot stay
+        is moved. 4. If only those of 1. are left out, others that cannot come home stray. 5. Then also, an item that
+        is placed where f is free takes 2fx - x*x from the sum of squares, at least x*x, since x <= f.
+        """
+        room = sum(free for free in self._free if free > 0)
+        sizes, squares, left_out, moves, strays = [], 0, 0, 0, 0
+        for wish in self.wishes[depth:]:
+            stays = wish.item.runs and self._may_stay(wish)
+            least = self._least(wish, stays)
+            if least is None:
+                if wish.item.runs or not self._may_keep(wish):
+                    return None
+                left_out += 1
+                continue
+            size, square = least
+            squares += square
+            if wish.item.runs:
+                room -= size
+                moves += not stays
+            else:
+                sizes.append(size)
+                strays += bool(wish.home) and not self._comes_home(wish)
+        if room < 0 and any(wish.item.runs for wish in self.wishes[depth:]):
+            return None
+        more = 0
+        for size in sorted(sizes):
+            room -= size
+            more += room < 0
+        # With more left out the packing is worse by its first figure already, and which are placed is not known.
+        return Cost(
+            left_out=cost.left_out + left_out + more,
+            moves=cost.moves + moves,
+            strays=cost.strays + (0 if more else strays),
+            crossings=cost.crossings,
+            crowding=cost.crowding,
+            scatter=cost.scatter + (0 if more else squares),
+        )
+
+    def _least(self, wish: _Wish, stays: bool) -> tuple[int, int] | None:
+        """The least memory that the item takes, and the least sum of squares; None if it fits nowhere.
+
+        What stays takes nothing for sure from a device that can become over-full.
+        """
+        need, free = wish.item.need_bytes, self._free
+        options = [wish.stays_least] if stays else []
+        for row in wish.rows:
+            missing, total, squares = wish.item.count, 0, 0
+            for device in row:
+                if not missing:
+                    break
+                size = need[device]
+                if size <= free[device]:
+                    missing, total, squares = missing - 1, total + size, squares + size * size
+            if not missing:
+                options.append((total, squares))
+        if len(options) <= 1:
+            return options[0] if options else None
+        return min(total for total, _ in options), min(squares for _, squares in options)
+
+    def _comes_home(self, wish: _Wish) -> bool:
+        return wish.has_home and all(self._free[device] >= wish.item.need_bytes[device] for device in wish.home)
+
+
+def _used(wish: _Wish, place: _Place) -> _Used:
+    """What the item takes with this place. Left out, what runs of it now goes on where it is."""
+    return wish.kept if place is None else tuple((device, wish.item.need_bytes[device]) for device in place)
+
+
+def _stays(wish: _Wish, place: _Place) -> bool:
+    """Whether all that it holds with this place is its already."""
+    return place is None or (wish.item.runs and place == wish.home)
+
+
+def _is_away(wish: _Wish, place: _Place) -> bool:
     """Whether the item has a place, and it is not the home that it has."""
-    return place is not None and bool(item.home) and set(place) != set(item.home)
+    return place is not None and bool(wish.home) and place != wish.home
+
+
+def _square(free: int) -> int:
+    return free * free if free > 0 else 0

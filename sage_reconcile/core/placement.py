@@ -1,4 +1,4 @@
-"""Where an engine may live: a placement, or a refusal in words. Blind to runtimes.
+"""Where an engine may live: its port, and the placement that it makes with its devices. Blind to runtimes.
 
 The only maker of `Placement`, and through it of anything that can be started.
 """
@@ -7,22 +7,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from sage_reconcile.core.desired import DesiredState, Wanted
+from sage_reconcile.core.housing import Seat
 from sage_reconcile.core.observed import Engine, ObservedState
 from sage_reconcile.core.quantities import ports_of
-from sage_reconcile.core.resolved import Placement, Resolved
-from sage_reconcile.core.spec import needs_gpu
+from sage_reconcile.core.refusal import Refusal
+from sage_reconcile.core.resolved import Placement
 
 # Engines listen on loopback: the router is the address for apps, and an engine's own server asks nobody for a key.
 ENGINE_HOST = "127.0.0.1"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """Why an engine has no place here and now."""
-
-    reason: str
-    why: str
-    would_help: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,50 +29,43 @@ class Taken:
     asked_ports: Collection[int] = ()
 
 
-def placement(
-    wanted: Wanted, desired: DesiredState, observed: ObservedState, predecessor: Engine | None, taken: Taken
-) -> Placement | Refusal:
-    """The place of one replica.
-
-    `predecessor` is the process that it replaces; its port is kept where that may be.
-    """
+def placement(wanted: Wanted, port: int, observed: ObservedState, seat: Seat | None) -> Placement:
+    """The place of one replica on a port, and on the devices that it needs; None for one that needs none."""
     if wanted.pin is not None:
-        return _pinned(wanted.pin.resolved, taken)
-    if needs_gpu(wanted.spec):
-        return Refusal(
-            reason="no_device",
-            why=_why_no_device(observed),
-            would_help=("use_gpu: false",),
-        )
-    port = _port(wanted, desired, observed, predecessor, taken)
-    if isinstance(port, Refusal):
-        return port
-    return Placement(node=observed.node, host=ENGINE_HOST, port=port)
+        return wanted.pin.resolved.placement
+    if seat is None:
+        return Placement(node=observed.node, host=ENGINE_HOST, port=port)
+    return Placement(
+        node=observed.node,
+        host=ENGINE_HOST,
+        port=port,
+        devices=tuple(device.uuid for device in seat.devices),
+        device_indexes=tuple(device.index for device in seat.devices),
+        memory_bytes_per_device=seat.claim.memory_bytes,
+        context_bytes_per_device=seat.claim.context_bytes,
+        memory_fraction=seat.claim.fraction,
+        memory_source=seat.claim.source,
+        memory_told=seat.told,
+    )
 
 
-def _why_no_device(observed: ObservedState) -> str:
-    if not observed.devices:
-        return f"it needs a GPU, and none is observed on {observed.node}"
-    return "it needs a GPU, and this version only shows GPUs: it places engines on the CPU"
-
-
-def _pinned(resolved: Resolved, taken: Taken) -> Placement | Refusal:
-    port = resolved.placement.port
-    if port in taken.ports:
-        return Refusal(reason="port_taken", why=f"it ran on port {port}, which is taken by {taken.ports[port]}")
-    return resolved.placement
-
-
-def _port(
+def port_of(
     wanted: Wanted, desired: DesiredState, observed: ObservedState, predecessor: Engine | None, taken: Taken
 ) -> int | Refusal:
-    """The port, in this order of preference.
+    """The port of one replica, in this order of preference. `predecessor` is the process that it replaces.
 
+    0. The one that it had, of an engine that is put back.
     1. The one that is written down.
     2. The one that the predecessor has.
     3. The one that the engine had when it last ran.
     4. The first of its kind's pool that nobody uses, then the first that this plan sets free.
     """
+    # (0)
+    if wanted.pin is not None:
+        port = wanted.pin.resolved.placement.port
+        if port in taken.ports:
+            return Refusal(reason="port_taken", why=f"it ran on port {port}, which is taken by {taken.ports[port]}")
+        return port
     # (1)
     if isinstance(wanted.spec.port, int):
         holder = taken.ports.get(wanted.spec.port)

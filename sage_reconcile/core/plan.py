@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 from sage_reconcile.core.diff import FieldChange
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
-from sage_reconcile.core.observed import Engine, Listener, ObservedState
+from sage_reconcile.core.observed import Device, Engine, Listener, ObservedState
+from sage_reconcile.core.refusal import Shortfall
 from sage_reconcile.core.resolved import Placement, Resolved
 
 
@@ -20,6 +21,10 @@ class StopEngine:
     port: int
     drain_seconds: float
     grace_seconds: float
+    # The UUIDs of the devices whose memory must be back before it is done.
+    devices: tuple[str, ...] = ()
+    # Indexes of the acts on the same devices that must have ended, however, before this one begins.
+    behind: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +51,8 @@ class StartEngine:
     needs: tuple[ProcessIdentity, ...]
     # Whether a bound socket of ours keeps the port free until the engine binds it.
     hold: bool
+    # Indexes of the acts on the same devices that must have ended, however, before this one begins.
+    behind: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +88,7 @@ class Awaited:
 class Step:
     """What a reader sees of one engine's change."""
 
-    # start | stop | recreate | update
+    # start | stop | recreate | move | update
     action: str
     engine: EngineId
     kind: str
@@ -105,6 +112,8 @@ class Blocked:
     reason: str
     why: str
     would_help: tuple[str, ...] = ()
+    # Each device as the engine finds it; empty where devices are not what is missing.
+    devices: tuple[Shortfall, ...] = ()
     at: str = ""
 
 
@@ -158,6 +167,8 @@ class PlanOptions:
     ready_seconds: float | None = None
     # Whether a start is done only once its engine is ready; what others depend on is waited for all the same.
     waits: bool = True
+    # Whether running engines may be started again elsewhere to make room.
+    allow_moves: bool = False
 
 
 def after(act: Act, observed: ObservedState) -> ObservedState:
@@ -204,7 +215,27 @@ def _with_started(observed: ObservedState, act: StartEngine) -> ObservedState:
         owner=f"pid {leader.pid}",
         engine=act.engine,
     )
-    return replace(observed, engines=(*observed.engines, engine), listeners=(*observed.listeners, listener))
+    return replace(
+        observed,
+        devices=tuple(_without_lingering(device, act) for device in observed.devices),
+        engines=(*observed.engines, engine),
+        listeners=(*observed.listeners, listener),
+    )
+
+
+def _without_lingering(device: Device, act: StartEngine) -> Device:
+    """An engine starts where its last process was only once that has given its memory back."""
+    own = [entry for entry in device.lingering if entry.engine == act.engine]
+    if device.uuid not in act.resolved.placement.devices or not own:
+        return device
+    back = sum(entry.held_bytes for entry in own)
+    return replace(
+        device,
+        lingering=tuple(entry for entry in device.lingering if entry not in own),
+        used_bytes=device.used_bytes - back,
+        foreign_bytes=device.foreign_bytes - back,
+        orphaned_bytes=device.orphaned_bytes - back,
+    )
 
 
 def next_identity(observed: ObservedState) -> ProcessIdentity:

@@ -8,36 +8,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sage_reconcile.core.compare import (
-    Change,
     Comparison,
     compared,
     current_process,
     drift_of,
     in_order,
-    listed,
     written,
 )
 from sage_reconcile.core.desired import DesiredState, Pin, Wanted
+from sage_reconcile.core.device_notes import device_notes
 from sage_reconcile.core.drafting import depends_on, drafted
-from sage_reconcile.core.identity import EngineId, ProcessIdentity
+from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.observed import Engine, ObservedState, project_engines, spec_of
-from sage_reconcile.core.ordering import ordered_acts
-from sage_reconcile.core.placement import Refusal, Taken, placement
-from sage_reconcile.core.plan import (
-    Act,
-    Awaited,
-    Blocked,
-    Plan,
-    PlanOptions,
-    StartEngine,
-    after,
-)
+from sage_reconcile.core.ordering import ordered_acts, room_of
+from sage_reconcile.core.placing import placed
+from sage_reconcile.core.plan import Act, Awaited, Plan, PlanOptions, StartEngine, after
 from sage_reconcile.core.resolved import Placement
-from sage_reconcile.core.runtimes import program_of, runtime_of
-from sage_reconcile.core.spec import (
-    is_path,
-    served_model,
-)
+from sage_reconcile.core.spec import served_model
 
 # A second pass finds what the first made room for; each further one needs yet another such engine.
 _MOST_PASSES = 64
@@ -101,17 +88,20 @@ def _pass(desired: DesiredState, observed: ObservedState, options: PlanOptions) 
     found = compared(desired, observed, options)
     # (2)
     changes, refused = list(found.changes), list(found.blocked)
-    placed: dict[EngineId, Placement] = {}
     while True:
-        placed, refusals = _placed(changes, found, desired, observed)
-        if not refusals:
+        homes = placed(changes, found, desired, observed, options)
+        if not homes.refusals and not homes.moves:
             break
-        # The predecessor of a refused engine stays, and with it its port: what relied on it must be placed anew.
-        refused += refusals
-        changes = [change for change in changes if change.id not in {blocked.engine for blocked in refusals}]
+        # The predecessor of a refused engine stays, and with it its port and its memory: what relied on them must be
+        # placed anew.
+        refused += homes.refusals
+        changes = [change for change in changes if change.id not in {blocked.engine for blocked in homes.refusals}]
+        changes += homes.moves
+        moved = {change.id for change in homes.moves}
+        found = replace(found, unchanged=tuple(engine for engine in found.unchanged if engine.id not in moved))
     # (3)
-    steps, drafts = drafted([*found.updates, *changes], placed, desired, observed, options)
-    acts, awaited = _with_needs(ordered_acts(drafts), _all_awaited(found, options), desired, options)
+    steps, drafts = drafted([*found.updates, *changes], homes.places, desired, observed, options)
+    acts, awaited = _with_needs(ordered_acts(drafts, room_of(observed)), _all_awaited(found, options), desired, options)
     blocked_ids = {blocked.engine for blocked in refused}
     stays_blocked = {engine.id for engine in project_engines(observed, desired.project) if engine.id in blocked_ids}
     return Plan(
@@ -123,10 +113,15 @@ def _pass(desired: DesiredState, observed: ObservedState, options: PlanOptions) 
         awaited=awaited,
         blocked=tuple(sorted(refused, key=lambda blocked: blocked.engine)),
         drift=drift_of(observed, desired),
-        notes=(*found.notes, *_port_notes(placed, observed)),
+        notes=(
+            *found.notes,
+            *_port_notes(homes.places, observed),
+            *device_notes(homes.places, found, desired, observed),
+        ),
         unchanged=tuple(engine.id for engine in found.unchanged),
         kept=tuple(sorted(stays_blocked.union(found.kept))),
         desired=tuple((wanted.id, written(wanted)) for wanted in in_order(desired)),
+        optimality="proved" if homes.proved else "budget",
     )
 
 
@@ -155,6 +150,7 @@ def _joined(plan: Plan, later: Plan) -> Plan:
         steps=plan.steps + later.steps,
         acts=plan.acts + acts,
         blocked=later.blocked,
+        optimality=plan.optimality if later.optimality == "proved" else "budget",
         kept=later.kept,
         unchanged=tuple(engine for engine in plan.unchanged if engine not in touched),
     )
@@ -205,96 +201,3 @@ def _awaited(engine: Engine, options: PlanOptions) -> Awaited:
         health_path=spec.ready.path,
         ready_seconds=spec.ready.timeout if options.ready_seconds is None else options.ready_seconds,
     )
-
-
-# --- placing ----------------------------------------------------------------------------------------------------------
-
-
-def _placed(
-    changes: list[Change], found: Comparison, desired: DesiredState, observed: ObservedState
-) -> tuple[dict[EngineId, Placement], list[Blocked]]:
-    """A placement for each start, and a refusal for each that has none."""
-    stopping = {engine.leader for change in changes for engine in change.stops}
-    homeless = {blocked.engine for blocked in found.blocked}
-    homeless |= {wanted.id for wanted in desired.wanted} - {change.id for change in changes}
-    homeless -= {engine.id for engine in observed.engines if engine.leader_alive and engine.leader not in stopping}
-    homeless |= {engine.id for engine in found.unchanged if engine.state not in ("ready", "starting")}
-    staying, freed = _ports(observed, stopping, desired)
-    asked = {wanted.spec.port: wanted.id for wanted in desired.wanted if isinstance(wanted.spec.port, int)}
-    asked |= {w.pin.resolved.placement.port: w.id for w in desired.wanted if w.pin is not None}
-    # An engine that comes back after a crash finds its port where it left it, whoever comes with it.
-    coming_back = {change.id for change in changes if change.start is not None}
-    asked = {record.port: record.engine for record in observed.records if record.engine in coming_back} | asked
-    placed: dict[EngineId, Placement] = {}
-    refusals: list[Blocked] = []
-    for change in _homes_first(changes):
-        wanted = change.start
-        if wanted is None:
-            continue
-        taken = Taken(
-            ports=staying | {place.port: str(engine) for engine, place in placed.items()},
-            freed_ports=freed,
-            asked_ports={port for port, engine in asked.items() if engine != wanted.id},
-        )
-        predecessor = change.stops[-1] if change.stops else None
-        place = placement(wanted, desired, observed, predecessor, taken)
-        if isinstance(place, Placement):
-            place = _missing_part(wanted, observed, homeless) or place
-        if isinstance(place, Refusal):
-            refusals.append(
-                Blocked(engine=wanted.id, reason=place.reason, why=place.why, would_help=place.would_help, at=wanted.at)
-            )
-        else:
-            placed[wanted.id] = place
-    return placed, refusals
-
-
-def _homes_first(changes: list[Change]) -> list[Change]:
-    """Engines that have a port before those that need one, so that a newcomer never takes a neighbour's."""
-    return sorted(changes, key=lambda change: (not change.stops, change.id))
-
-
-def _ports(
-    observed: ObservedState, stopping: set[ProcessIdentity], desired: DesiredState
-) -> tuple[dict[int, str], set[int]]:
-    """Ports that stay in use, with who holds them, and ports that the stops set free."""
-    staying = {desired.router.port: "the router"}
-    freed: set[int] = set()
-    members = {process.pid: engine for engine in observed.engines for process in engine.members}
-    for listener in observed.listeners:
-        holders = [members[pid] for pid in listener.pids if pid in members]
-        if holders and len(holders) == len(listener.pids) and all(engine.leader in stopping for engine in holders):
-            freed.add(listener.port)
-        elif len(holders) < len(listener.pids) or not holders:
-            staying[listener.port] = listener.owner
-        else:
-            staying[listener.port] = holders[0].id.full
-    for engine in observed.engines:
-        port = engine.resolved.placement.port
-        if engine.leader in stopping:
-            freed.add(port)
-        else:
-            staying[port] = engine.id.full
-    staying = dict.fromkeys(observed.busy_ports, "a connection of another program") | staying
-    return staying, freed - set(staying)
-
-
-def _missing_part(wanted: Wanted, observed: ObservedState, homeless: set[EngineId]) -> Refusal | None:
-    """What the engine lacks besides a place."""
-    spec = wanted.spec
-    waits_for = sorted(str(engine) for engine in homeless if f"{engine.stack}/{engine.name}" in wanted.depends_on)
-    if waits_for:
-        return Refusal(
-            reason="dependency", why=f"it depends on {listed(waits_for)}, which is not ready and cannot be made so"
-        )
-    if wanted.pin is not None:
-        return None  # It ran with exactly this command: starting it again is the only question worth asking.
-    program = next((fact for fact in observed.programs if fact.name == program_of(spec)), None)
-    if program is None:
-        return Refusal(reason="not_observed", why=f"nobody looked for the program {program_of(spec)}")
-    if not program.argv:
-        return Refusal(reason="program_missing", why=program.why, would_help=(runtime_of(spec).install_hint,))
-    model = next((fact for fact in observed.models if fact.model == spec.model), None)
-    if is_path(spec.model) and model is not None and model.why:
-        return Refusal(reason="model_missing", why=model.why)
-    return None

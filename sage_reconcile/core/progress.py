@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.observed import Engine, ObservedState
 from sage_reconcile.core.plan import Act, Awaited, Plan, RelabelEngine, StartEngine, StopEngine
+from sage_reconcile.core.settling import Reading, may_start, not_back, orphaned, readings
 
 # vLLM swallows a SIGTERM that comes while its workers start (measured: 3 of 3 ended by a second one), so the request
 # to end is repeated this often within the grace.
@@ -96,7 +97,7 @@ class Spawned:
 class ActProgress:
     """How far one act has come."""
 
-    # waiting | draining | terminating | killing | starting | done | failed
+    # waiting | draining | terminating | killing | freeing | settling | starting | done | failed
     phase: str = "waiting"
     # When the act began, in seconds of the host's monotonic clock.
     begun_at: float = 0.0
@@ -110,6 +111,12 @@ class ActProgress:
     why: str = ""
     # Whether it failed because the machine does not let sage work, as with a full disk.
     environment: bool = False
+    # Whether it failed because what it needs cannot be seen.
+    unseen: bool = False
+    # What nobody held of each device when a stop began, by UUID.
+    orphaned: tuple[tuple[str, int], ...] = ()
+    # What a start waits for, in a sentence; empty when it waits for nothing but its engine.
+    waits_for: str = ""
 
     @property
     def ended(self) -> bool:
@@ -123,6 +130,8 @@ class Progress:
     entries: tuple[ActProgress, ...]
     # Whether acts that do not wait for a failed one still begin.
     keep_going: bool = False
+    # What the devices used at the last looks.
+    readings: tuple[Reading, ...] = ()
 
     @property
     def failures(self) -> tuple[int, ...]:
@@ -141,7 +150,7 @@ def finished(plan: Plan, progress: Progress) -> bool:
     next plan. A stop that was begun is seen through.
     """
     if progress.failures and not progress.keep_going:
-        return not any(entry.phase in ("draining", "terminating", "killing") for entry in progress.entries)
+        return not any(entry.phase in ("draining", "terminating", "killing", "freeing") for entry in progress.entries)
     return all(entry.ended or _cannot_begin(plan, progress, index) for index, entry in enumerate(progress.entries))
 
 
@@ -164,6 +173,7 @@ def advance(
     """The progress that the world shows, and the orders to give now, each with the index of its act."""
     tasks: tuple[Act | Awaited, ...] = (*plan.acts, *plan.awaited)
     orders: list[tuple[int, Order]] = []
+    progress = replace(progress, readings=readings(progress.readings, observed, now))
     for index, task in enumerate(tasks):
         entry = progress.entries[index]
         if entry.ended or (entry.phase == "waiting" and not _may_begin(plan, progress, index, observed)):
@@ -172,7 +182,7 @@ def advance(
             case StopEngine():
                 entry, given = _stopping(task, entry, observed, now)
             case StartEngine():
-                entry, given = _starting(task, entry, observed, now)
+                entry, given = _starting(task, entry, observed, now, progress.readings)
             case RelabelEngine():
                 entry, given = replace(entry, phase="done"), (Relabel(act=task),)
             case Awaited():
@@ -196,7 +206,12 @@ def _may_begin(plan: Plan, progress: Progress, index: int, observed: ObservedSta
         return False
     if progress.failures and not progress.keep_going:
         return False
-    return all(progress.entries[earlier].phase == "done" for earlier in plan.acts[index].after)
+    if not all(
+        progress.entries[earlier].ended or _cannot_begin(plan, progress, earlier)
+        for earlier in getattr(act, "behind", ())
+    ):
+        return False
+    return all(progress.entries[earlier].phase == "done" for earlier in act.after)
 
 
 def _cannot_begin(plan: Plan, progress: Progress, index: int) -> bool:
@@ -223,12 +238,12 @@ def _cannot_begin(plan: Plan, progress: Progress, index: int) -> bool:
 def _stopping(
     act: StopEngine, entry: ActProgress, observed: ObservedState, now: float
 ) -> tuple[ActProgress, tuple[Order, ...]]:
-    """The ladder: drain, ask, ask again, kill, and wait until every member is gone."""
+    """The ladder: drain, ask, ask again, kill, and wait until every member is gone and its memory is back."""
     engine = _engine(observed, act.leader)
     if engine is None:
-        return replace(entry, phase="done"), ()
+        return _freeing(act, entry, observed, now)
     if entry.phase == "waiting":
-        entry = replace(entry, phase="draining", begun_at=now, since=now)
+        entry = replace(entry, phase="draining", begun_at=now, since=now, orphaned=orphaned(act, observed))
         mark = Mark(engine=act.engine, leader=act.leader, phase="draining")
         if not _drained(act, observed):
             return entry, (mark,)
@@ -250,6 +265,21 @@ def _stopping(
     if now - entry.signalled_at < _KILL_AGAIN_SECONDS:
         return entry, ()
     return replace(entry, signalled_at=now), (_kill(engine),)
+
+
+def _freeing(
+    act: StopEngine, entry: ActProgress, observed: ObservedState, now: float
+) -> tuple[ActProgress, tuple[Order, ...]]:
+    """Every member is gone; a driver takes a while to free what they held."""
+    missing = not_back(act, entry.orphaned, observed)
+    if not missing:
+        return replace(entry, phase="done"), ()
+    if entry.phase != "freeing":
+        return replace(entry, phase="freeing", since=now, waits_for=missing), ()
+    if now - entry.since < STUCK_AFTER_SECONDS:
+        return replace(entry, waits_for=missing), ()
+    mark = Mark(engine=act.engine, leader=act.leader, phase="stuck")
+    return replace(entry, phase="failed", why=f"stuck: it ended, and {missing}"), (mark,)
 
 
 def _engine(observed: ObservedState, leader: ProcessIdentity) -> Engine | None:
@@ -278,10 +308,17 @@ def _kill(engine: Engine) -> Kill:
 
 
 def _starting(
-    act: StartEngine, entry: ActProgress, observed: ObservedState, now: float
+    act: StartEngine, entry: ActProgress, observed: ObservedState, now: float, read: tuple[Reading, ...]
 ) -> tuple[ActProgress, tuple[Order, ...]]:
     if entry.phase == "waiting":
-        return replace(entry, phase="starting", begun_at=now, since=now), (Spawn(act=act),)
+        entry = replace(entry, phase="settling", begun_at=now, since=now)
+    if entry.phase == "settling":
+        verdict = may_start(act, read, observed, now=now, waited_seconds=now - entry.since)
+        if verdict.answer == "wait":
+            return replace(entry, waits_for=verdict.why), ()
+        if verdict.answer == "fail":
+            return replace(entry, phase="failed", why=verdict.why, unseen=verdict.unseen), ()
+        return replace(entry, phase="starting", since=now, waits_for=""), (Spawn(act=act),)
     assert entry.leader is not None
     if not act.waits and _failure(act.engine, entry.leader, _engine(observed, entry.leader), observed) == "":
         return replace(entry, phase="done"), ()
@@ -328,6 +365,8 @@ def _failure(the_id: EngineId, leader: ProcessIdentity, engine: Engine | None, o
         return f"pid {leader.pid} was gone before it was ready"
     if not engine.leader_alive:
         return f"its first process, pid {leader.pid}, was gone before it was ready"
+    if engine.misplaced:
+        return engine.misplaced
     return ""
 
 

@@ -20,11 +20,21 @@ class Placement:
     # UUIDs, in the order in which the engine counts them.
     devices: tuple[str, ...] = ()
     device_indexes: tuple[int, ...] = ()
+    # What the engine is told to use of each, where it can be told; else what it is expected to use.
     memory_bytes_per_device: int = 0
+    # What it takes beyond that, as the CUDA context, which no budget of an engine counts.
+    context_bytes_per_device: int = 0
+    # The share of each device that `memory_bytes_per_device` is, rounded down; 0 on the CPU.
+    memory_fraction: float = 0.0
     # measured | declared | computed | name | none
     memory_source: str = "none"
     # Whether the engine is told to keep to that memory.
     memory_told: bool = False
+
+    @property
+    def counted_bytes_per_device(self) -> int:
+        """What the engine counts for on each of its devices."""
+        return self.memory_bytes_per_device + self.context_bytes_per_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))

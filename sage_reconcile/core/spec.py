@@ -274,7 +274,7 @@ _VALUES_NOT_SERVED_YET = {
     ("runtime",): ("sglang", "tei"),
     ("update", "strategy"): ("surge",),
 }
-_SETTINGS_NOT_SERVED_YET = (("device_reserve",), ("guards",), ("router", "keys_file"))
+_SETTINGS_NOT_SERVED_YET = (("guards",), ("router", "keys_file"))
 
 
 def not_served_yet(engine: Mapping[str, Any]) -> tuple[tuple[tuple[str, ...], str], ...]:

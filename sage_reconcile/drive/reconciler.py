@@ -21,6 +21,8 @@ class Failure:
     why: str
     # Whether the machine did not let sage work, as with a full disk.
     environment: bool = False
+    # Whether what it needs could not be seen.
+    unseen: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +159,11 @@ def _interrupted(plan: Plan, done: Executed, failures: tuple[Failure, ...]) -> O
 def _failures(plan: Plan, done: Executed) -> tuple[Failure, ...]:
     tasks = (*plan.acts, *plan.awaited)
     return tuple(
-        Failure(engine=tasks[index].engine, why=why, environment=done.progress.entries[index].environment)
+        Failure(
+            engine=tasks[index].engine,
+            why=why,
+            environment=done.progress.entries[index].environment,
+            unseen=done.progress.entries[index].unseen,
+        )
         for index, why in done.failures
     )

@@ -7,7 +7,14 @@ from sage_reconcile.core.progress import ActProgress, Progress
 from sage_reconcile.core.quantities import duration_text
 from sage_reconcile.render.paint import PLAIN, Paint, one_line
 
-_PHASES = {"draining": "draining", "terminating": "stopping", "killing": "killing", "starting": "starting"}
+_PHASES = {
+    "draining": "draining",
+    "terminating": "stopping",
+    "killing": "killing",
+    "freeing": "giving memory back",
+    "settling": "waiting",
+    "starting": "starting",
+}
 
 
 def tasks_of(plan: Plan) -> tuple[Act | Awaited, ...]:
@@ -20,6 +27,8 @@ def running_line(
 ) -> str:
     """The live line of one engine: what is being done to it, for how long, and the last that it said."""
     line = f"  {task.engine}  {_PHASES[entry.phase]}  {duration_text(elapsed_seconds)}"
+    if entry.waits_for:
+        line += f"  {entry.waits_for}"
     return one_line(f"{line}  {last_log_line}" if last_log_line else line, width)
 
 
@@ -62,7 +71,7 @@ def converged_line(plan: Plan, paint: Paint = PLAIN) -> str:
 
 def counts_of(plan: Plan) -> dict[str, int]:
     """How many steps of each sort a plan has, in the past tense."""
-    words = {"start": "started", "recreate": "recreated", "update": "updated", "stop": "stopped"}
+    words = {"start": "started", "recreate": "recreated", "move": "moved", "update": "updated", "stop": "stopped"}
     return {word: sum(step.action == action for step in plan.steps) for action, word in words.items()}
 
 

@@ -22,7 +22,7 @@ def gpu_text(observed: ObservedState, paint: Paint = PLAIN) -> str:
         lines.append("".join(f"{paint(colour, letter)} {meaning}  " for letter, colour, meaning in _PARTS).rstrip())
     else:
         lines.append(f"no GPU is observed on {observed.node}")
-    lines += [f"cannot see: {gap.what}: {gap.why}" for gap in observed.gaps if gap.what.startswith("device")]
+    lines += [f"cannot see: {gap.what}: {gap.why}" for gap in observed.gaps if "device" in gap.what]
     return "\n".join(lines)
 
 
@@ -45,9 +45,17 @@ def _device(device: Device, observed: ObservedState, paint: Paint) -> list[str]:
         (holder.used_bytes, f"foreign  pid {holder.pid} {holder.name} ({holder.user})") for holder in device.holders
     ]
     unnamed = device.foreign_bytes - sum(holder.used_bytes for holder in device.holders)
+    lingering = sum(entry.held_bytes for entry in device.lingering)
+    rows += [
+        (entry.held_bytes, f"not given back yet by {entry.engine.full}, which ended as pid {entry.pid}")
+        for entry in device.lingering
+    ]
+    unnamed -= lingering
     rows += [(unnamed, "foreign  of no process that the driver names")] if unnamed > 0 else []
     rows += [(device.reserved_bytes, "reserved by the driver")] if device.reserved_bytes else []
     lines += [f"  {gib(size):>6}  {words}" for size, words in rows]
+    if device.closed:
+        lines.append(paint("red", f"  closed: {device.closed}"))
     if free < 0:
         lines.append(paint("red", f"  over-full by {gib(-free)} GiB"))
     return lines + [paint("red", f"  {trouble}") for trouble in device.troubles]
@@ -56,7 +64,7 @@ def _device(device: Device, observed: ObservedState, paint: Paint) -> list[str]:
 def _engine_words(engine: Engine, device: Device) -> str:
     place = engine.resolved.placement
     uses = dict(engine.measured_bytes).get(device.uuid)
-    planned = f"planned {gib(place.memory_bytes_per_device)}" if device.uuid in place.devices else "not planned here"
+    planned = f"planned {gib(place.counted_bytes_per_device)}" if device.uuid in place.devices else "not planned here"
     return f"{engine.id.full}  {planned}, uses {gib(uses) if uses is not None else '?'}"
 
 

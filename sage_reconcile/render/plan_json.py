@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from sage_reconcile.core.device_table import device_rows
 from sage_reconcile.core.observed import ObservedState
 from sage_reconcile.core.plan import Act, Plan, RelabelEngine, StartEngine, Step, StopEngine
+from sage_reconcile.core.refusal import Shortfall
 
 FORMAT_VERSION = "1.0"
 
@@ -42,7 +45,7 @@ def plan_json(plan: Plan, observed: ObservedState) -> dict[str, Any]:
                 "engine": str(blocked.engine),
                 "reason": blocked.reason,
                 "why": blocked.why,
-                "devices": [],
+                "devices": [_shortfall(device) for device in blocked.devices],
                 "would_help": list(blocked.would_help),
                 "at": blocked.at,
             }
@@ -50,7 +53,7 @@ def plan_json(plan: Plan, observed: ObservedState) -> dict[str, Any]:
         ],
         "unchanged": [str(engine) for engine in plan.unchanged],
         "kept": [str(engine) for engine in plan.kept],
-        "devices": [],
+        "devices": [asdict(row) for row in device_rows(plan, observed)],
         "summary": counts | {"unchanged": len(plan.unchanged), "blocked": len(plan.blocked)},
     }
 
@@ -76,11 +79,27 @@ def observed_digest(observed: ObservedState) -> str:
         ],
         "listeners": sorted({(listener.port, listener.owner) for listener in observed.listeners}),
         "programs": [[program.name, *program.argv] for program in observed.programs],
-        "models": [[model.model, model.why] for model in observed.models],
+        "models": [[model.model, model.why, repr(model.shape)] for model in observed.models],
+        "devices": [
+            [device.uuid, device.index, device.total_bytes, device.unavailable_bytes, device.closed]
+            for device in observed.devices
+        ],
         "gaps": [[gap.what, gap.subject] for gap in observed.gaps],
     }
     text = json.dumps(used, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _shortfall(device: Shortfall) -> dict[str, Any]:
+    return {
+        "index": device.index,
+        "uuid": device.uuid,
+        "total_bytes": device.total_bytes,
+        "free_bytes": device.free_bytes,
+        "short_bytes": device.short_bytes,
+        "held_by": list(device.held_by),
+        "why_not": device.why_not,
+    }
 
 
 def _step(step: Step, observed: ObservedState) -> dict[str, Any]:
@@ -96,6 +115,8 @@ def _step(step: Step, observed: ObservedState) -> dict[str, Any]:
         "devices": list(place.devices) if place else [],
         "device_indexes": list(place.device_indexes) if place else [],
         "memory_bytes_per_device": place.memory_bytes_per_device if place else 0,
+        "context_bytes_per_device": place.context_bytes_per_device if place else 0,
+        "memory_fraction": place.memory_fraction if place else 0.0,
         "memory_source": place.memory_source if place else "none",
         "memory_told": place.memory_told if place else False,
         "port": place.port if place else None,

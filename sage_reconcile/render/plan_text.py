@@ -2,20 +2,33 @@
 
 import json
 
+from sage_reconcile.core.device_table import device_rows
 from sage_reconcile.core.observed import ObservedState
 from sage_reconcile.core.plan import Blocked, Plan, Step
+from sage_reconcile.core.refusal import Shortfall
+from sage_reconcile.render.gpu_text import gib
 from sage_reconcile.render.paint import PLAIN, Paint
 
-SYMBOLS = {"start": "+", "stop": "-", "recreate": "-/+", "update": "~", "kept": ".", "blocked": "!"}
+SYMBOLS = {"start": "+", "stop": "-", "recreate": "-/+", "move": ">", "update": "~", "kept": ".", "blocked": "!"}
 _MEANINGS = {
     "start": "start",
     "stop": "stop",
     "recreate": "recreate (downtime)",
+    "move": "move (downtime)",
     "update": "update in place",
     "kept": "kept",
     "blocked": "blocked",
 }
-_COLOURS = {"start": "green", "stop": "red", "recreate": "yellow", "update": "cyan", "kept": "dim", "blocked": "red"}
+_COLOURS = {
+    "start": "green",
+    "stop": "red",
+    "recreate": "yellow",
+    "move": "yellow",
+    "update": "cyan",
+    "kept": "dim",
+    "blocked": "red",
+}
+_COUNTED = ("start", "recreate", "move", "update", "stop")
 
 _VERBS = {
     "dependency": "cannot start",
@@ -24,18 +37,30 @@ _VERBS = {
     "program_missing": "cannot start",
 }
 
+# Refusals read well on a terminal of 80 columns.
+_LINE_WIDTH = 80
+_CONTINUED = 8
+
 # Longer values are cut: the manifest has them in full.
 _VALUE_WIDTH = 60
 
 
 def plan_text(plan: Plan, observed: ObservedState, paint: Paint = PLAIN) -> str:
     """The whole plan, without a line break at its end."""
-    blocks = [_head(plan, observed), _drift(plan, paint), _steps(plan, paint), _blocked(plan, paint), _notes(plan)]
+    blocks = [
+        _head(plan, observed),
+        _drift(plan, paint),
+        _steps(plan, paint),
+        _blocked(plan, paint),
+        _devices(plan, observed),
+        _notes(plan),
+    ]
     return "\n\n".join("\n".join(block) for block in [*blocks, [_summary(plan, paint)]] if block)
 
 
 def _head(plan: Plan, observed: ObservedState) -> list[str]:
-    devices = f"{len(observed.devices)} GPUs" if observed.devices else "no GPU"
+    count = len(observed.devices)
+    devices = f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU"
     return [f"project {plan.project}  host {observed.node}  {devices}  {plan.source}"]
 
 
@@ -74,6 +99,7 @@ def _step(step: Step, paint: Paint) -> list[str]:
     lines = [
         f"  {symbol} {paint('bold', str(step.engine))}  {step.kind}  {step.model}  {step.runtime}{where}{devices}",
         f"        {_reason(step)}",
+        *_memory(step),
     ]
     width = max((len(change.path) for change in step.changes), default=0)
     for change in step.changes:
@@ -81,6 +107,17 @@ def _step(step: Step, paint: Paint) -> list[str]:
         at = f"  {change.at}" if change.at else ""
         lines.append(f"        {change.path.ljust(width)}  {_value(change.old)} -> {_value(change.new)}{forces}{at}")
     return lines
+
+
+def _memory(step: Step) -> list[str]:
+    """The memory that a start counts for, where that is known from, and what the engine is told."""
+    place = step.placement
+    if place is None or not place.devices:
+        return []
+    each = " on each" if len(place.devices) > 1 else ""
+    beside = f" and {gib(place.context_bytes_per_device)} beside it" if place.context_bytes_per_device else ""
+    told = f"told {place.memory_fraction:g} of the device" if place.memory_told else "not told"
+    return [f"        memory {gib(place.memory_bytes_per_device)} GiB{each}{beside}, {place.memory_source}, {told}"]
 
 
 def _reason(step: Step) -> str:
@@ -108,8 +145,50 @@ def blocked_lines(blocked: Blocked, *, kept: bool, paint: Paint = PLAIN) -> list
     lines = [f"{paint('red', '!')} {verb} {blocked.engine}: {blocked.why}{stays}"]
     if blocked.at:
         lines[0] += f"  {blocked.at}"
+    lines += [line for device in blocked.devices for line in _shortfall(device)]
     if blocked.would_help:
-        lines.append(f"  would help: {' | '.join(blocked.would_help)}")
+        verb = "would fit with" if blocked.devices else "would help"
+        lines += _wrapped(f"  {verb}: ", [f"{help} | " for help in blocked.would_help[:-1]] + [blocked.would_help[-1]])
+    return lines
+
+
+def _shortfall(device: Shortfall) -> list[str]:
+    """One device of a refusal: what is free, what is missing, and who has it."""
+    head = f"  gpu{device.index}  free {gib(max(device.free_bytes, 0))} of {gib(device.total_bytes)} GiB"
+    if device.why_not:
+        return _wrapped(f"{head}  ", [device.why_not])
+    if not device.short_bytes:
+        return [f"{head}  fits"]
+    head += f"  short {gib(device.short_bytes)}"
+    holders = [f"{who}, " for who in device.held_by[:-1]] + list(device.held_by[-1:])
+    return _wrapped(f"{head}  held by ", holders) if holders else [head]
+
+
+def _wrapped(head: str, parts: list[str]) -> list[str]:
+    """A line that begins with a head and goes on with parts, each whole, on as many lines as it takes."""
+    lines = [head]
+    for part in parts:
+        if len(lines[-1]) + len(part.rstrip(" ,|")) > _LINE_WIDTH and lines[-1] != head:
+            lines[-1] = lines[-1].rstrip()
+            lines.append(" " * _CONTINUED)
+        elif len(lines[-1]) + len(part.rstrip(" ,|")) > _LINE_WIDTH and len(head) > _CONTINUED:
+            lines.append(" " * _CONTINUED)
+        lines[-1] += part
+    return [line.rstrip() for line in lines]
+
+
+def _devices(plan: Plan, observed: ObservedState) -> list[str]:
+    """What each device holds now, at most, and after; only where the plan puts something on a device, or cannot."""
+    on_devices = any(step.placement and step.placement.devices for step in plan.steps)
+    freed = any(getattr(act, "devices", ()) for act in plan.acts)
+    if not (on_devices or freed or any(blocked.devices for blocked in plan.blocked)):
+        return []
+    lines = ["Device memory in GiB      now    peak   after      of"]
+    for row in device_rows(plan, observed):
+        sizes = (row.now_bytes, row.peak_bytes, row.after_bytes, row.total_bytes)
+        lines.append(f"  gpu{row.index}".ljust(21) + "".join(gib(size).rjust(8) for size in sizes) + f"  {row.name}")
+    if plan.optimality != "proved":
+        lines.append("  the search for places ended before it had tried all: there may be better ones")
     return lines
 
 
@@ -123,9 +202,7 @@ def _notes(plan: Plan) -> list[str]:
 
 
 def _summary(plan: Plan, paint: Paint) -> str:
-    counts = {
-        action: sum(step.action == action for step in plan.steps) for action in ("start", "recreate", "update", "stop")
-    }
+    counts = {action: sum(step.action == action for step in plan.steps) for action in _COUNTED}
     changes = ", ".join(f"{count} to {action}" for action, count in counts.items() if count)
     parts = [changes] if changes else []
     if plan.blocked:

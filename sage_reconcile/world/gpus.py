@@ -7,6 +7,7 @@ itself. Facts only; whose memory it is, and what of it may be used, is judged el
 import contextlib
 import ctypes
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -83,23 +84,29 @@ def _library_is_there() -> bool:
     return True
 
 
+# Whether the library is initialised in this process. It stays so between looks: where nothing else uses a GPU, the
+# driver is loaded at each initialisation and unloaded after it, which takes seconds.
+_open = threading.Event()
+
+
 def _asked() -> _Seen:
-    """Everything, from one initialisation of the library to its end."""
+    """Everything. After a failure the library is shut down, and the next look begins anew."""
     # Imported here: it takes 0.02 s, and a machine without the library never needs it.
     import pynvml
 
     try:
-        pynvml.nvmlInit()
+        if not _open.is_set():
+            pynvml.nvmlInit()
+            _open.set()
     except pynvml.NVMLError as error:
         return (), (Gap(what="devices", why=f"the NVIDIA driver cannot be used: {error}"),)
     try:
         return _devices(pynvml)
     except pynvml.NVMLError as error:
-        return (), (Gap(what="devices", why=f"the NVIDIA driver failed: {error}"),)
-    finally:
-        # What was seen was seen.
+        _open.clear()
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
+        return (), (Gap(what="devices", why=f"the NVIDIA driver failed: {error}"),)
 
 
 def _devices(nvml: Any) -> _Seen:
@@ -107,13 +114,16 @@ def _devices(nvml: Any) -> _Seen:
     gaps: list[Gap] = []
     handles: dict[str, Any] = {}
     for index in range(nvml.nvmlDeviceGetCount()):
+        uuid = ""
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
             uuid = nvml.nvmlDeviceGetUUID(handle)
             found = _device(nvml, handle, index, uuid)
             slices = _slices(nvml, handle, found)
         except (nvml.NVMLError, ValueError) as error:
-            gaps.append(Gap(what="device", why=f"gpu{index} cannot be seen: {error}", subject=str(index)))
+            is_lost = isinstance(error, nvml.NVMLError_GpuIsLost)
+            what, told = ("lost device", "is lost") if is_lost else ("device", "cannot be seen")
+            gaps.append(Gap(what=what, why=f"gpu{index} {told}: {error}", subject=uuid or str(index)))
             continue
         handles[uuid] = handle
         devices += slices or [found]

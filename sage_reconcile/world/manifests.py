@@ -12,6 +12,7 @@ from typing import Any
 
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.identity import EngineId
+from sage_reconcile.core.quantities import bytes_of
 from sage_reconcile.core.spec import (
     NAME_PATTERN,
     EngineSpec,
@@ -110,6 +111,7 @@ def _desired(
         wanted=tuple(sorted(wanted, key=lambda one: one.id)),
         ports=settings.ports,
         router=settings.router,
+        reserve_bytes=bytes_of(settings.device_reserve) if settings.device_reserve is not None else 0,
         prune_stacks=None if reading.whole else tuple(sorted({entry.stack for s in stacks for entry in s.entries})),
         digest=digest(reading.files),
     )

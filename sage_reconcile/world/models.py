@@ -6,7 +6,9 @@ Only headers are read, and never the network. Whatever a file holds, the answer 
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
+from sage_reconcile.core.facts import ModelFact
 from sage_reconcile.core.gguf_shape import GgufHeader, shape_of_gguf
 from sage_reconcile.core.model_shape import shape_of_config
 from sage_reconcile.core.shape import ModelShape, UnknownShape
@@ -29,6 +31,32 @@ _MOST_TENSORS = 4_000_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?", re.ASCII)
 _SNAPSHOT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _SPLIT_GGUF = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII | re.DOTALL)
+
+
+def model_fact(model: str, *, environment: Mapping[str, str], shape: bool) -> ModelFact:
+    """Whether a model can be read, where it is a path; and its shape, where that was asked for.
+
+    A path is absolute. A model on the hub that is not in its cache is none that is missing: the engine may fetch it.
+    """
+    why = _why_unusable(Path(model)) if is_path(model) else ""
+    if why or not shape:
+        return ModelFact(model=model, why=why)
+    found = model_shape(model, directory="/", environment=environment)
+    if isinstance(found, UnknownShape):
+        return ModelFact(model=model, shape_why=found.why)
+    return ModelFact(model=model, shape=found)
+
+
+def _why_unusable(path: Path) -> str:
+    try:
+        path.stat()
+    except OSError as error:
+        return f"there is no {path}" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
+    if not os.access(path, os.R_OK):
+        return f"{path} cannot be read"
+    if path.is_file() and path.stat().st_size == 0:
+        return f"{path} is empty"
+    return ""
 
 
 def model_shape(model: str, *, directory: str, environment: Mapping[str, str]) -> ModelShape | UnknownShape:

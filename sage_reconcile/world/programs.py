@@ -1,13 +1,12 @@
-"""Programs and model files that are on this machine."""
+"""Programs that are on this machine."""
 
 import importlib.util
 import os
 import shutil
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
-from sage_reconcile.core.facts import ModelFact, ProgramFact
+from sage_reconcile.core.facts import ProgramFact
 
 _ELF = b"\x7fELF"
 
@@ -64,20 +63,3 @@ def _runs_other_formats() -> bool:
         return bool(set(os.listdir("/proc/sys/fs/binfmt_misc")) - {"register", "status"})
     except OSError:
         return False
-
-
-def models(paths: Iterable[str]) -> tuple[ModelFact, ...]:
-    """Whether each model path can be read."""
-    return tuple(ModelFact(model=path, why=_why_unusable(Path(path))) for path in sorted(set(paths)))
-
-
-def _why_unusable(path: Path) -> str:
-    try:
-        path.stat()
-    except OSError as error:
-        return f"there is no {path}" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
-    if not os.access(path, os.R_OK):
-        return f"{path} cannot be read"
-    if path.is_file() and path.stat().st_size == 0:
-        return f"{path} is empty"
-    return ""

@@ -15,7 +15,7 @@ PLACE = Placement(node=NODE, host="127.0.0.1", port=8001)
 
 def argv(**fields: Any) -> tuple[str, ...]:
     the_spec = EngineSpec.model_validate({"name": "x", **fields})
-    return runtime_of(the_spec).argv(the_spec, ("program",), PLACE)
+    return runtime_of(the_spec).argv(the_spec, ("program",), PLACE, None)
 
 
 def test_llama_cpp_chat() -> None:
@@ -122,7 +122,7 @@ def test_auto_chooses_by_model_and_kind(fields: dict[str, Any], runtime: str, pr
 def test_what_sage_starts_it_would_recognise(fields: dict[str, Any]) -> None:
     the_spec = EngineSpec.model_validate({"name": "x", "served_name": "served", **fields})
     runtime = runtime_of(the_spec)
-    seen = recognise(runtime.argv(the_spec, (f"/usr/bin/{runtime.program}",), PLACE))
+    seen = recognise(runtime.argv(the_spec, (f"/usr/bin/{runtime.program}",), PLACE, None))
     assert seen is not None
     assert (seen.runtime, seen.kind, seen.model, seen.port) == (runtime.name, the_spec.kind, "served", 8001)
 

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
+from sage_reconcile.core.footprint import Serving
 from sage_reconcile.core.resolved import Placement
+from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import EngineSpec, needs_gpu
 
 
@@ -27,13 +30,25 @@ class Runtime:
     program: str
     # How to get the program, for a person who lacks it.
     install_hint: str
-    # (spec, the words that start the program, placement) -> the whole command line.
-    argv: Callable[[EngineSpec, tuple[str, ...], Placement], tuple[str, ...]]
+    # (spec, the words that start the program, placement, the model's shape if it is known) -> the whole command line.
+    argv: Callable[[EngineSpec, tuple[str, ...], Placement, ModelShape | None], tuple[str, ...]]
     # Further environment variables that it needs.
     env: Callable[[EngineSpec, Placement], dict[str, str]]
     # Why this runtime cannot run this spec: sentences, each with the field that it is about.
     complaints: Callable[[EngineSpec], tuple[tuple[str, str], ...]]
     recognise: Callable[[tuple[str, ...]], Recognised | None]
+    # How it serves a spec's model, with what its arguments say: all that its memory depends on.
+    serving: Callable[[EngineSpec], Serving]
+    # Whether it can be told how much memory to use, for a model of this shape.
+    tells: Callable[[EngineSpec, ModelShape | None], bool]
+    # Whether it takes all that it is told and keeps its CUDA context beside it.
+    budgeted: bool = False
+    # How CUDA_VISIBLE_DEVICES names its devices.
+    device_names: Literal["uuid", "index"] = "uuid"
+    # Whether tensor_parallel must divide the attention heads.
+    splits_heads: bool = False
+    # Whether it runs on a slice of a GPU (MIG).
+    takes_slices: bool = True
     # Whether a bound, non-listening socket of ours keeps its port free for it: it must set SO_REUSEADDR or REUSEPORT.
     hold: bool = True
 
@@ -85,11 +100,29 @@ def module_index(argv: tuple[str, ...], module: str) -> int | None:
     return next((index + 1 for index, word in enumerate(argv[:-1]) if word == "-m" and argv[index + 1] == module), None)
 
 
-def device_env(spec: EngineSpec, placement: Placement) -> dict[str, str]:
+def device_env(spec: EngineSpec, placement: Placement, names: Literal["uuid", "index"] = "uuid") -> dict[str, str]:
     """The variables that say which GPUs a process sees: exactly its planned devices, or none.
 
     PCI order makes CUDA count as NVML does; without it a faster GPU may be counted first (CUDA programming guide,
     CUDA_DEVICE_ORDER).
     """
     assert bool(placement.devices) == needs_gpu(spec)
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(placement.devices)}
+    chosen = placement.devices if names == "uuid" else tuple(map(str, placement.device_indexes))
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(chosen)}
+
+
+def never_told(_spec: EngineSpec, _shape: ModelShape | None) -> bool:
+    """For a program that has no way to be told how much memory to use."""
+    return False
+
+
+def whole_number(words: tuple[str, ...], *names: str, default: int) -> int:
+    """The number that an option has on a command line; the default where it has none, or no number."""
+    value = option(words, *names)
+    return int(value) if value is not None and value.isascii() and value.isdigit() and len(value) < 10 else default
+
+
+def told_by_sage(spec: EngineSpec, options: tuple[str, ...], instead: str) -> tuple[tuple[str, str], ...]:
+    """A complaint for each option in `args` that sage alone may tell."""
+    written = {word.partition("=")[0] for word in spec.args}
+    return tuple(("args", f"args: {name} is told by sage; {instead}") for name in options if name in written)

@@ -2,8 +2,10 @@
 
 import re
 
+from sage_reconcile.core.footprint import Serving
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes.base import Recognised, Runtime, no_env, unsupported
+from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import EngineSpec
 
 PLACEHOLDERS = ("port", "host", "model", "devices", "memory_bytes", "memory_fraction")
@@ -11,7 +13,13 @@ _BRACES = {"{{": "{", "}}": "}"}
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(" + "|".join(PLACEHOLDERS) + r")\}")
 
 
-def _argv(spec: EngineSpec, program: tuple[str, ...], placement: Placement) -> tuple[str, ...]:
+# The placeholders that tell the program how much memory it may use.
+_TELLING = ("memory_bytes", "memory_fraction")
+
+
+def _argv(
+    spec: EngineSpec, program: tuple[str, ...], placement: Placement, _shape: ModelShape | None
+) -> tuple[str, ...]:
     assert spec.command is not None
     values = {
         "port": str(placement.port),
@@ -19,7 +27,7 @@ def _argv(spec: EngineSpec, program: tuple[str, ...], placement: Placement) -> t
         "model": spec.model,
         "devices": ",".join(placement.devices),
         "memory_bytes": str(placement.memory_bytes_per_device),
-        "memory_fraction": "",
+        "memory_fraction": f"{placement.memory_fraction:g}",
     }
     return (*program, *(filled(word, values) for word in (*spec.command[1:], *spec.args)))
 
@@ -31,6 +39,21 @@ def filled(word: str, values: dict[str, str]) -> str:
 
 def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
     return unsupported(spec, ("max_model_len", "dtype", "quantization"), "write it on the command line")
+
+
+def _serving(spec: EngineSpec) -> Serving:
+    """As vLLM would: what the program is, nobody knows."""
+    return Serving(
+        kind=spec.kind,
+        runtime="llama.cpp" if spec.model.endswith(".gguf") else "vllm",
+        tensor_parallel=spec.tensor_parallel,
+        pipeline_parallel=spec.pipeline_parallel,
+    )
+
+
+def _tells(spec: EngineSpec, _shape: ModelShape | None) -> bool:
+    words = (*(spec.command or ()), *spec.args)
+    return any(found[1] in _TELLING for word in words for found in _PLACEHOLDER.finditer(word))
 
 
 def _never(_argv: tuple[str, ...]) -> Recognised | None:
@@ -45,4 +68,6 @@ COMMAND = Runtime(
     env=no_env,
     complaints=_complaints,
     recognise=_never,
+    serving=_serving,
+    tells=_tells,
 )

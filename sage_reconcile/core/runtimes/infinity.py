@@ -8,14 +8,27 @@ Options: https://michaelfeil.github.io/infinity/. Measured with infinity-emb 0.0
 - It makes a directory .infinity_cache in $INFINITY_HOME, $HF_HOME or else where it runs, and dies where it may not.
 """
 
+from sage_reconcile.core.footprint import Serving
 from sage_reconcile.core.resolved import Placement
-from sage_reconcile.core.runtimes.base import Recognised, Runtime, option, port_option, program_index, unsupported
+from sage_reconcile.core.runtimes.base import (
+    Recognised,
+    Runtime,
+    never_told,
+    option,
+    port_option,
+    program_index,
+    unsupported,
+)
+from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import EngineSpec, needs_gpu, served_model
 
 _DEFAULT_PORT = 7997
+_BATCH_TEXTS = 32
 
 
-def _argv(spec: EngineSpec, program: tuple[str, ...], placement: Placement) -> tuple[str, ...]:
+def _argv(
+    spec: EngineSpec, program: tuple[str, ...], placement: Placement, _shape: ModelShape | None
+) -> tuple[str, ...]:
     words = [*program, "v2", "--model-id", spec.model, "--served-model-name", served_model(spec)]
     # Without the prefix it answers at /models and /embeddings; /health stays at the root with it (0.0.78).
     words += ["--host", placement.host, "--port", str(placement.port), "--url-prefix", "/v1"]
@@ -35,6 +48,11 @@ def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
     split = (("tensor_parallel", spec.tensor_parallel), ("pipeline_parallel", spec.pipeline_parallel))
     copies = tuple((name, f"{name}: infinity loads the whole model on each GPU") for name, gpus in split if gpus > 1)
     return wrong_kind + copies + unsupported(spec, ("quantization", "max_model_len"), "infinity has no such option")
+
+
+def _serving(spec: EngineSpec) -> Serving:
+    # Its batches are of 32 texts (--batch-size), each as long as the model takes at most.
+    return Serving(kind=spec.kind, runtime="infinity", dtype=spec.dtype or "auto", max_num_seqs=_BATCH_TEXTS)
 
 
 def _recognise(argv: tuple[str, ...]) -> Recognised | None:
@@ -63,4 +81,6 @@ INFINITY = Runtime(
     env=_env,
     complaints=_complaints,
     recognise=_recognise,
+    serving=_serving,
+    tells=never_told,
 )

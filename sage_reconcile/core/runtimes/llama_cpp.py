@@ -3,6 +3,7 @@
 Options: https://github.com/ggml-org/llama.cpp/tree/master/tools/server.
 """
 
+from sage_reconcile.core.footprint import Serving, footprint
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes.base import (
     Recognised,
@@ -12,29 +13,85 @@ from sage_reconcile.core.runtimes.base import (
     option,
     port_option,
     program_index,
+    told_by_sage,
     unsupported,
+    whole_number,
 )
+from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import EngineSpec, is_path, needs_gpu, served_model
 
 _DEFAULT_PORT = 8080
 _LAUNCHER = "sage_reconcile.launchers.llama_cpp"
 
 
-def _argv(spec: EngineSpec, program: tuple[str, ...], placement: Placement) -> tuple[str, ...]:
+# Its defaults: slots that share one context, and the physical batch.
+_SLOTS, _BATCH_TOKENS = 4, 512
+# More layers than any model has: all of them.
+_ALL_LAYERS = 999
+
+
+def _argv(
+    spec: EngineSpec, program: tuple[str, ...], placement: Placement, shape: ModelShape | None
+) -> tuple[str, ...]:
     words = [*program, "--model", spec.model, "--host", placement.host, "--port", str(placement.port)]
     words += ["--alias", served_model(spec), "--metrics"]
     if spec.kind == "embedding":
         words += ["--embedding"]
-    if spec.max_model_len is not None:
-        words += ["--ctx-size", str(spec.max_model_len)]
     if not needs_gpu(spec):
-        words += ["--n-gpu-layers", "0"]
+        words += ["--ctx-size", str(spec.max_model_len)] if spec.max_model_len is not None else []
+        return (*words, "--n-gpu-layers", "0", *spec.args)
+    # Told in full, so that what was counted is what it takes: by itself it makes both fit what is free when it starts.
+    length = spec.max_model_len or (shape.max_positions if shape else None)
+    words += ["--ctx-size", str(length)] if length else []
+    words += ["--n-gpu-layers", str(gpu_layers(spec, shape, placement.memory_bytes_per_device))]
     return (*words, *spec.args)
 
 
+def gpu_layers(spec: EngineSpec, shape: ModelShape | None, memory_bytes: int) -> int:
+    """The most layers whose weights and cache fit the memory of each device; the rest stays on the CPU.
+
+    Without a shape, all of them.
+    """
+    if shape is None:
+        return _ALL_LAYERS
+    whole = footprint(shape, _serving(spec))
+    if whole.total_bytes <= memory_bytes or not shape.layers:
+        return _ALL_LAYERS
+    devices = spec.tensor_parallel * spec.pipeline_parallel
+    each = -(-shape.layers // devices)
+    left = memory_bytes - whole.bytes_of("activations", "cuda_context")
+    fitting = left * each // max(whole.bytes_of("weights", "kv_cache"), 1)
+    return max(min(fitting, each), 0) * devices
+
+
+def _serving(spec: EngineSpec) -> Serving:
+    return Serving(
+        kind=spec.kind,
+        runtime="llama.cpp",
+        tensor_parallel=spec.tensor_parallel,
+        pipeline_parallel=spec.pipeline_parallel,
+        max_model_len=spec.max_model_len,
+        max_num_seqs=whole_number(spec.args, "--parallel", "-np", default=_SLOTS),
+        max_num_batched_tokens=whole_number(spec.args, "--ubatch-size", "-ub", default=_BATCH_TOKENS),
+        kv_dtype=option(spec.args, "--cache-type-k", "-ctk") or "auto",
+        value_dtype=option(spec.args, "--cache-type-v", "-ctv") or "auto",
+    )
+
+
+def _tells(_spec: EngineSpec, shape: ModelShape | None) -> bool:
+    """By the number of layers and the length of its context, whose bytes are known with the shape."""
+    return shape is not None
+
+
 def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
-    no_path = () if is_path(spec.model) else (("model", "model: llama.cpp needs the path of a .gguf file"),)
-    return no_path + unsupported(spec, ("dtype", "quantization"), "a .gguf file carries its own number format")
+    found: tuple[tuple[str, str], ...] = ()
+    if not is_path(spec.model):
+        found += (("model", "model: llama.cpp needs the path of a .gguf file"),)
+    if needs_gpu(spec):
+        found += told_by_sage(spec, ("--n-gpu-layers", "--gpu-layers", "-ngl"), "write gpu_memory")
+        found += told_by_sage(spec, ("--ctx-size", "-c"), "write max_model_len")
+        found += told_by_sage(spec, ("--main-gpu", "-mg", "--device", "-dev"), "write devices")
+    return found + unsupported(spec, ("dtype", "quantization"), "a .gguf file carries its own number format")
 
 
 def _recognise(argv: tuple[str, ...]) -> Recognised | None:
@@ -66,4 +123,6 @@ LLAMA_CPP = Runtime(
     env=no_env,
     complaints=_complaints,
     recognise=_recognise,
+    serving=_serving,
+    tells=_tells,
 )

@@ -3,6 +3,7 @@
 Options: https://docs.vllm.ai/en/latest/cli/serve/.
 """
 
+from sage_reconcile.core.footprint import Serving
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes.base import (
     Recognised,
@@ -12,7 +13,10 @@ from sage_reconcile.core.runtimes.base import (
     option,
     port_option,
     program_index,
+    told_by_sage,
+    whole_number,
 )
+from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import EngineSpec, served_model
 
 _DEFAULT_PORT = 8000
@@ -22,7 +26,26 @@ _OLD_MODULE = "vllm.entrypoints.openai.api_server"
 _POOLING_TASKS = ("embed", "embedding", "score", "classify", "reward")
 
 
-def _argv(spec: EngineSpec, program: tuple[str, ...], placement: Placement) -> tuple[str, ...]:
+# Its own defaults below 70 GiB of memory, told all the same: its memory depends on both.
+_SEQUENCES, _BATCH_TOKENS = 256, 2048
+
+# What sage tells by fields of the manifest.
+_TOLD = {
+    "--gpu-memory-utilization": "write gpu_memory",
+    "--gpu_memory_utilization": "write gpu_memory",
+    "--kv-cache-memory-bytes": "write gpu_memory",
+    "--tensor-parallel-size": "write tensor_parallel",
+    "-tp": "write tensor_parallel",
+    "--pipeline-parallel-size": "write pipeline_parallel",
+    "-pp": "write pipeline_parallel",
+    "--max-model-len": "write max_model_len",
+    "--device-ids": "write devices",
+}
+
+
+def _argv(
+    spec: EngineSpec, program: tuple[str, ...], placement: Placement, shape: ModelShape | None
+) -> tuple[str, ...]:
     words = [*program, "serve", spec.model, "--host", placement.host, "--port", str(placement.port)]
     words += ["--served-model-name", served_model(spec)]
     words += ["--runner", "pooling"] if spec.kind == "embedding" else []
@@ -31,11 +54,48 @@ def _argv(spec: EngineSpec, program: tuple[str, ...], placement: Placement) -> t
     words += ["--max-model-len", str(spec.max_model_len)] if spec.max_model_len is not None else []
     words += ["--dtype", spec.dtype] if spec.dtype is not None else []
     words += ["--quantization", spec.quantization] if spec.quantization is not None else []
+    if placement.devices:
+        words += ["--gpu-memory-utilization", f"{placement.memory_fraction:g}"]
+        words += _batch(spec, shape)
     return (*words, *spec.args)
 
 
-def _no_complaints(_spec: EngineSpec) -> tuple[tuple[str, str], ...]:
-    return ()
+def _batch(spec: EngineSpec, shape: ModelShape | None) -> list[str]:
+    """How much it does at once. `args` come later on the command line, and count."""
+    serving = _serving(spec)
+    words = ["--max-num-seqs", str(serving.max_num_seqs)]
+    if spec.kind == "llm":
+        return [*words, "--max-num-batched-tokens", str(serving.max_num_batched_tokens)]
+    # A text to embed is not cut into pieces: a batch holds the longest (vLLM refuses less).
+    longest = spec.max_model_len or (shape.max_positions if shape else 0)
+    return [*words, "--max-num-batched-tokens", str(max(serving.max_num_batched_tokens, longest))] if longest else words
+
+
+def _serving(spec: EngineSpec) -> Serving:
+    words = spec.args
+    return Serving(
+        kind=spec.kind,
+        runtime="vllm",
+        tensor_parallel=spec.tensor_parallel,
+        pipeline_parallel=spec.pipeline_parallel,
+        max_model_len=spec.max_model_len,
+        max_num_seqs=whole_number(words, "--max-num-seqs", "--max_num_seqs", default=_SEQUENCES),
+        max_num_batched_tokens=whole_number(
+            words, "--max-num-batched-tokens", "--max_num_batched_tokens", default=_BATCH_TOKENS
+        ),
+        kv_dtype=option(words, "--kv-cache-dtype", "--kv_cache_dtype") or "auto",
+        dtype=spec.dtype or "auto",
+        quantization=spec.quantization or "",
+        enforce_eager="--enforce-eager" in words or "--enforce_eager" in words,
+    )
+
+
+def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
+    return tuple(entry for name, instead in _TOLD.items() for entry in told_by_sage(spec, (name,), instead))
+
+
+def _told(_spec: EngineSpec, _shape: ModelShape | None) -> bool:
+    return True
 
 
 def _recognise(argv: tuple[str, ...]) -> Recognised | None:
@@ -65,6 +125,14 @@ VLLM = Runtime(
     install_hint="pip install vllm, or write another runtime",
     argv=_argv,
     env=no_env,
-    complaints=_no_complaints,
+    complaints=_complaints,
     recognise=_recognise,
+    serving=_serving,
+    tells=_told,
+    budgeted=True,
+    splits_heads=True,
+    # It takes each entry of CUDA_VISIBLE_DEVICES for a number and dies of a UUID, of a slice's too; the memory of a
+    # slice it would take for that of the whole GPU (vllm-project/vllm#41848, #46132).
+    device_names="index",
+    takes_slices=False,
 )

@@ -1,0 +1,73 @@
+"""What a reader of a plan should know about devices, beyond what is done: sentences. Pure."""
+
+from collections.abc import Iterator, Mapping
+
+from sage_reconcile.core.compare import Comparison
+from sage_reconcile.core.desired import DesiredState
+from sage_reconcile.core.footprint import footprint
+from sage_reconcile.core.identity import EngineId
+from sage_reconcile.core.ledger import DRIVER_SLACK_BYTES
+from sage_reconcile.core.needs import shape_of, why_no_shape
+from sage_reconcile.core.observed import Engine, ObservedState
+from sage_reconcile.core.resolved import Placement
+from sage_reconcile.core.runtimes import runtime_of
+from sage_reconcile.core.spec import EngineSpec
+
+_GIB = 1024**3
+
+
+def device_notes(
+    places: Mapping[EngineId, Placement], found: Comparison, desired: DesiredState, observed: ObservedState
+) -> tuple[str, ...]:
+    """What starts, then what runs, then the devices that are not seen."""
+    specs = {wanted.id: wanted.spec for wanted in desired.wanted if wanted.pin is None}
+    notes: list[str] = []
+    for engine, place in sorted(places.items()):
+        if place.devices:
+            notes += _of_a_start(engine, place, specs.get(engine), observed)
+    for running in found.unchanged:
+        notes += _of_a_running_one(running, observed)
+    notes += [f"{gap.why}: nothing is placed there" for gap in observed.gaps if gap.what in ("device", "lost device")]
+    return tuple(notes)
+
+
+def _of_a_start(engine: EngineId, place: Placement, spec: EngineSpec | None, observed: ObservedState) -> Iterator[str]:
+    for device in observed.devices:
+        for entry in device.lingering:
+            if entry.engine == engine and device.uuid in place.devices:
+                yield (
+                    f"{engine} waits for {_gib(entry.held_bytes)} GiB of gpu{device.index} that its last process (pid "
+                    f"{entry.pid}) has not given back yet"
+                )
+    if spec is None:
+        return
+    if place.memory_source == "name":
+        why = why_no_shape(spec, observed)
+        yield f"{engine}: {_gib(place.memory_bytes_per_device)} GiB is a guess by its model's name: {why}"
+    if not place.memory_told:
+        yield f"{engine}: {runtime_of(spec).name} cannot be told to keep to {_gib(place.memory_bytes_per_device)} GiB"
+    shape = shape_of(spec, observed)
+    if place.memory_source == "computed" and shape is not None:
+        terms = footprint(shape, runtime_of(spec).serving(spec)).terms
+        yield from (
+            f"{engine}: with a margin of {_gib(term.memory_bytes)} GiB: {term.why}"
+            for term in terms
+            if term.name == "margin"
+        )
+
+
+def _of_a_running_one(engine: Engine, observed: ObservedState) -> Iterator[str]:
+    place, used = engine.resolved.placement, dict(engine.measured_bytes)
+    unknown = {gap.subject for gap in observed.gaps if gap.what == "device memory"}
+    for device in observed.devices:
+        if device.uuid not in place.devices or device.uuid in unknown:
+            continue
+        uses, given = used.get(device.uuid, 0), place.counted_bytes_per_device
+        if uses > given + DRIVER_SLACK_BYTES:
+            yield f"{engine.id} uses {_gib(uses)} GiB of gpu{device.index}, and was given {_gib(given)}"
+        if not uses and engine.state == "ready" and device.orphaned_bytes <= DRIVER_SLACK_BYTES:
+            yield f"{engine.id} holds no memory of gpu{device.index}: nothing proves that it runs there"
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.1f}"

@@ -1,0 +1,385 @@
+"""Which devices each engine gets: the exact search of core.packing over what is observed, and refusals with numbers.
+
+Goes in: engines that should start, and what runs. Comes out: devices for each, or why it has none and what would help,
+found by searching again with one thing relaxed. Must not know: runtimes, ports, acts.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from sage_reconcile.core.desired import DesiredState, Wanted
+from sage_reconcile.core.identity import EngineId, ProcessIdentity
+from sage_reconcile.core.label import parse_label
+from sage_reconcile.core.needs import Claim, Need
+from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, held_bytes
+from sage_reconcile.core.packing import Item, Packing, Slot, pack
+from sage_reconcile.core.refusal import Refusal, Shortfall
+
+_GIB = 1024**3
+# A search that only asks whether a relaxed problem has an answer gets less to try.
+_HELP_BUDGET_NODES = 2_000
+# Foreign processes and engines that a refusal tries without, those that hold most first.
+_MOST_HOLDERS_TRIED = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """An engine that wants devices."""
+
+    wanted: Wanted
+    need: Need
+    # What it replaces, and what goes on if it finds no place.
+    stops: tuple[Engine, ...] = ()
+    # Whether a slice of a GPU will do.
+    takes_slices: bool = True
+    # Whether it runs as it should, and wants another place only to make room: it is never left without one.
+    runs: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """The devices of one engine, and what it needs on each of them."""
+
+    devices: tuple[Device, ...]
+    claim: Claim
+    told: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seating:
+    """Where everybody goes."""
+
+    seats: Mapping[EngineId, Seat]
+    refusals: Mapping[EngineId, Refusal]
+    # Whether no better one exists.
+    proved: bool = True
+
+
+def seated(
+    candidates: tuple[Candidate, ...],
+    desired: DesiredState,
+    observed: ObservedState,
+    leaving: set[ProcessIdentity],
+    *,
+    movable: tuple[Candidate, ...] = (),
+) -> Seating:
+    """The best devices for the candidates. `leaving` are the processes that will be stopped, those of candidates too.
+
+    `movable` run as they should, and may be moved where that finds room for more.
+    """
+    if not candidates:
+        return Seating(seats={}, refusals={})
+    puzzle = _Puzzle(
+        candidates=(*candidates, *movable),
+        desired=desired,
+        observed=observed,
+        leaving=leaving | {engine.leader for candidate in movable for engine in candidate.stops},
+    )
+    packing = puzzle.solved()
+    seats: dict[EngineId, Seat] = {}
+    refused: dict[EngineId, Refusal] = {}
+    for candidate in puzzle.candidates:
+        place = packing.places[str(candidate.wanted.id)]
+        if place is None:
+            refused[candidate.wanted.id] = _refusal(candidate, puzzle, packing)
+        elif not candidate.runs or set(place) != set(puzzle.home_of(candidate)):
+            seats[candidate.wanted.id] = puzzle.seat(candidate, place)
+    return Seating(seats=seats, refusals=refused, proved=packing.proved)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Puzzle:
+    """One problem for the search. Relaxed, it is another one."""
+
+    candidates: tuple[Candidate, ...]
+    desired: DesiredState
+    observed: ObservedState
+    leaving: set[ProcessIdentity]
+    # What is relaxed: engines that are no longer there, foreign pids that are no longer there, pins that do not count.
+    without_engines: frozenset[ProcessIdentity] = frozenset()
+    without_pids: frozenset[int] = frozenset()
+    unpinned: frozenset[EngineId] = frozenset()
+    budget_nodes: int | None = None
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        return self.observed.devices
+
+    @property
+    def staying(self) -> tuple[Engine, ...]:
+        gone = self.leaving | self.without_engines
+        return tuple(engine for engine in self.observed.engines if engine.leader not in gone)
+
+    def free(self, device: Device) -> int:
+        """What is free once everything that leaves is gone, before anybody is placed."""
+        spared = sum(holder.used_bytes for holder in device.holders if holder.pid in self.without_pids)
+        return free_bytes(device, self.staying) - self.desired.reserve_bytes + min(spared, device.foreign_bytes)
+
+    def need(self, candidate: Candidate, device: Device) -> int:
+        """What a candidate adds to a device. What its own last process has not given back yet, it may count on."""
+        own = sum(entry.held_bytes for entry in device.lingering if entry.engine == candidate.wanted.id)
+        return max(candidate.need.on(device.uuid).counted_bytes - own, 0)
+
+    def allowed(self, candidate: Candidate) -> tuple[int, ...]:
+        pins = self.pinned(candidate)
+        own = self.home_of(candidate) if candidate.runs else ()
+        return tuple(
+            number
+            for number, device in enumerate(self.devices)
+            if number in own or ((pins is None or number in pins) and not _why_not(candidate, device))
+        )
+
+    def pinned(self, candidate: Candidate) -> set[int] | None:
+        """The devices that it must have, or choose among; None when all will do."""
+        wanted = candidate.wanted
+        if wanted.pin is not None:
+            return _numbers(self.devices, wanted.pin.resolved.placement.devices)
+        if wanted.spec.devices is None or wanted.id in self.unpinned:
+            return None
+        return _numbers(self.devices, wanted.spec.devices)
+
+    def home_of(self, candidate: Candidate) -> tuple[int, ...]:
+        """Where it runs, or ran last, as far as those devices are there."""
+        uuids = _home(candidate, self.observed)
+        numbers = {device.uuid: number for number, device in enumerate(self.devices)}
+        found = tuple(numbers[uuid] for uuid in uuids if uuid in numbers)
+        return found if len(found) == len(uuids) else ()
+
+    def solved(self) -> Packing:
+        kinds = sorted({_kind(device) for device in self.devices})
+        slots = tuple(
+            Slot(free_bytes=self.free(device), island=device.island, kind=kinds.index(_kind(device)))
+            for device in self.devices
+        )
+        items = tuple(self._item(candidate) for candidate in self.candidates)
+        numbers = {device.uuid: number for number, device in enumerate(self.devices)}
+        present = tuple(
+            (_group(engine.id), numbers[uuid])
+            for engine in self.staying
+            for uuid in engine.resolved.placement.devices
+            if uuid in numbers
+        )
+        budget = {} if self.budget_nodes is None else {"budget_nodes": self.budget_nodes}
+        packing = pack(slots, items, present=present, **budget)
+        assert packing is not None, "what runs may always stay where it is"
+        return packing
+
+    def _item(self, candidate: Candidate) -> Item:
+        home = self.home_of(candidate)
+        return Item(
+            key=str(candidate.wanted.id),
+            need_bytes=tuple(self.need(candidate, device) for device in self.devices),
+            count=candidate.need.count,
+            allowed=self.allowed(candidate),
+            home=home,
+            stays_bytes=()
+            if not candidate.stops
+            else tuple(
+                sum(held_bytes(engine, self.devices[number].uuid) for engine in candidate.stops) for number in home
+            ),
+            runs=candidate.runs,
+            group=_group(candidate.wanted.id),
+        )
+
+    def seat(self, candidate: Candidate, place: tuple[int, ...]) -> Seat:
+        pin = candidate.wanted.pin
+        devices = tuple(self.devices[number] for number in sorted(place))
+        if pin is not None:  # In the order in which it counted them.
+            order = pin.resolved.placement.devices
+            devices = tuple(sorted(devices, key=lambda device: order.index(device.uuid)))
+        return Seat(devices=devices, claim=candidate.need.on(devices[0].uuid), told=candidate.need.told)
+
+
+def _kind(device: Device) -> tuple[str, int]:
+    """One fraction is told for all devices of an engine, so they must be alike."""
+    return device.name, device.total_bytes
+
+
+def _group(engine: EngineId) -> str:
+    return f"{engine.project}:{engine.stack}/{engine.name}"
+
+
+def _numbers(devices: tuple[Device, ...], names: Iterable[int | str]) -> set[int]:
+    wanted = set(names)
+    return {number for number, device in enumerate(devices) if device.uuid in wanted or device.index in wanted}
+
+
+def _home(candidate: Candidate, observed: ObservedState) -> tuple[str, ...]:
+    if candidate.stops:
+        return candidate.stops[-1].resolved.placement.devices
+    records = [record for record in observed.records if record.engine == candidate.wanted.id]
+    for record in sorted(records, key=lambda record: (-record.started_at, record.leader)):
+        label = parse_label(dict(record.label))
+        if label is not None and label.resolved.placement.devices:
+            return label.resolved.placement.devices
+    return ()
+
+
+def _why_not(candidate: Candidate, device: Device) -> str:
+    """Why a device is out of the question for a candidate, whatever is free on it; empty when it is not."""
+    if device.closed:
+        return f"closed: {device.closed}"
+    if device.parent and not candidate.takes_slices:
+        return "a MIG slice, which its runtime cannot be given"
+    if device.parent and candidate.need.count > 1:
+        return "a MIG slice, which cannot be one of several"
+    return ""
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def out_of_the_question(wanted: Wanted, observed: ObservedState) -> Refusal | None:
+    """Why no search could find devices for it; None when one might."""
+    gap = next((gap for gap in observed.gaps if gap.what == "devices"), None)
+    if gap is not None:
+        return Refusal(reason="not_observed", why=f"it needs a GPU, and {gap.why}")
+    if not observed.devices:
+        return Refusal(
+            reason="no_device",
+            why=f"it needs a GPU, and none is observed on {observed.node}",
+            would_help=("use_gpu: false",),
+        )
+    names = wanted.pin.resolved.placement.devices if wanted.pin is not None else wanted.spec.devices
+    missing = [name for name in names or () if not _numbers(observed.devices, (name,))]
+    if missing and wanted.pin is not None:
+        return Refusal(reason="device_pin", why=f"it ran on {', '.join(map(str, missing))}, which is not seen any more")
+    if missing:
+        there = ", ".join(f"{device.index} ({device.uuid})" for device in observed.devices)
+        return Refusal(
+            reason="device_pin",
+            why=f"it is pinned to {', '.join(_device_name(name) for name in missing)}, which is not there",
+            would_help=(f"devices: from {there}", "no devices: any will do"),
+        )
+    return None
+
+
+def _device_name(name: int | str) -> str:
+    return f"gpu{name}" if isinstance(name, int) else name
+
+
+def _refusal(candidate: Candidate, puzzle: _Puzzle, packing: Packing) -> Refusal:
+    """What is missing on each device, who has it, and what would help."""
+    shortfalls = tuple(_shortfall(candidate, number, puzzle, packing) for number in range(len(puzzle.devices)))
+    fitting = sum(not entry.short_bytes and not entry.why_not for entry in shortfalls)
+    sizes = {candidate.need.on(device.uuid).counted_bytes for device in puzzle.devices}
+    size = " to ".join(_gib(size) for size in sorted({min(sizes), max(sizes)}))
+    count = candidate.need.count
+    wants = f"needs {count} GPUs x {size} GiB" if count > 1 else f"needs a GPU with {size} GiB"
+    found = {0: "none fits"}.get(fitting, f"{fitting} fit{'s' if fitting == 1 else ''}")
+    pinned = puzzle.pinned(candidate)
+    names = [f"gpu{puzzle.devices[number].index}" for number in sorted(pinned or ())]
+    among = f" of {', '.join(names)}" if names else ""
+    alike = ", and not as many of one kind" if fitting >= count else ""
+    return Refusal(
+        reason="memory" if pinned is None or len(pinned) >= count else "device_pin",
+        why=f"{wants}{among}, {found}{alike}",
+        devices=shortfalls,
+        would_help=_would_help(candidate, puzzle, packing, shortfalls),
+    )
+
+
+def _shortfall(candidate: Candidate, number: int, puzzle: _Puzzle, packing: Packing) -> Shortfall:
+    device = puzzle.devices[number]
+    others = [
+        (other, puzzle.need(other, device))
+        for other in puzzle.candidates
+        if other is not candidate and number in (packing.places[str(other.wanted.id)] or ())
+    ]
+    kept = [
+        engine
+        for other in puzzle.candidates
+        if other is not candidate and packing.places[str(other.wanted.id)] is None
+        for engine in other.stops
+    ]
+    free = puzzle.free(device) - sum(size for _, size in others)
+    free -= sum(held_bytes(engine, device.uuid) for engine in kept)
+    held = [(size, f"{other.wanted.id}") for other, size in others]
+    held += [
+        (size, _called(engine, puzzle.desired))
+        for engine in (*puzzle.staying, *kept)
+        if (size := held_bytes(engine, device.uuid))
+    ]
+    held += [(holder.used_bytes, f"foreign pid {holder.pid} {holder.name}") for holder in device.holders]
+    unnamed = device.foreign_bytes - sum(holder.used_bytes for holder in device.holders)
+    held += [(unnamed, "memory that no process holds")] if unnamed > 0 else []
+    held += [(puzzle.desired.reserve_bytes, "device_reserve")] if puzzle.desired.reserve_bytes else []
+    pinned = puzzle.pinned(candidate)
+    elsewhere = "not among its devices" if pinned is not None and number not in pinned else ""
+    return Shortfall(
+        index=device.index,
+        uuid=device.uuid,
+        total_bytes=device.total_bytes,
+        free_bytes=free,
+        short_bytes=max(puzzle.need(candidate, device) - free, 0),
+        held_by=tuple(f"{who} ({_gib(size)})" for size, who in sorted(held, key=lambda entry: (-entry[0], entry[1]))),
+        why_not=_why_not(candidate, device) or elsewhere,
+    )
+
+
+def _called(engine: Engine, desired: DesiredState) -> str:
+    return str(engine.id) if engine.id.project == desired.project else engine.id.full
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.1f}"
+
+
+def _would_help(
+    candidate: Candidate, puzzle: _Puzzle, packing: Packing, shortfalls: tuple[Shortfall, ...]
+) -> tuple[str, ...]:
+    """One thing relaxed at a time: what a search then finds a place for, and for the others too."""
+    found: list[str] = []
+    wanted = candidate.wanted
+    smaller = _largest_that_fits(candidate, shortfalls)
+    if smaller >= _GIB and wanted.pin is None:
+        found.append(f"gpu_memory <= {smaller // (_GIB // 10) / 10:.1f}GiB")
+    quick = replace(puzzle, budget_nodes=_HELP_BUDGET_NODES)
+    if wanted.spec.devices is not None and _helps(replace(quick, unpinned=frozenset({wanted.id})), candidate, packing):
+        found.append("other devices than those it is pinned to")
+    for pid, name in _foreign_holders(puzzle):
+        if _helps(replace(quick, without_pids=frozenset({pid})), candidate, packing):
+            found.append(f"without foreign pid {pid} ({name})")
+    for engine in _engines_that_hold(puzzle):
+        if _helps(replace(quick, without_engines=frozenset({engine.leader})), candidate, packing):
+            found.append(f"without {_called(engine, puzzle.desired)}")
+    if puzzle.desired.reserve_bytes:
+        relaxed = replace(quick, desired=replace(puzzle.desired, reserve_bytes=0))
+        found += ["device_reserve: none"] if _helps(relaxed, candidate, packing) else []
+    return tuple(found)
+
+
+def _largest_that_fits(candidate: Candidate, shortfalls: tuple[Shortfall, ...]) -> int:
+    """The memory with which it would fit as many devices as it needs, besides everything else of the plan."""
+    usable = sorted((entry.free_bytes for entry in shortfalls if not entry.why_not), reverse=True)
+    if len(usable) < candidate.need.count:
+        return 0
+    context = max(claim.context_bytes for _, claim in candidate.need.claims)
+    return max(usable[candidate.need.count - 1] - context, 0)
+
+
+def _foreign_holders(puzzle: _Puzzle) -> list[tuple[int, str]]:
+    """(pid, name) of foreign processes, those that hold most first."""
+    sizes: dict[tuple[int, str], int] = {}
+    for device in puzzle.devices:
+        for holder in device.holders:
+            key = (holder.pid, holder.name)
+            sizes[key] = sizes.get(key, 0) + holder.used_bytes
+    return sorted(sizes, key=lambda key: (-sizes[key], key))[:_MOST_HOLDERS_TRIED]
+
+
+def _engines_that_hold(puzzle: _Puzzle) -> list[Engine]:
+    sizes = {
+        engine.leader: (sum(held_bytes(engine, device.uuid) for device in puzzle.devices), engine)
+        for engine in puzzle.staying
+    }
+    holding = [(size, engine) for size, engine in sizes.values() if size]
+    return [engine for _, engine in sorted(holding, key=lambda entry: (-entry[0], entry[1].id, entry[1].leader))][
+        :_MOST_HOLDERS_TRIED
+    ]
+
+
+def _helps(relaxed: _Puzzle, candidate: Candidate, packing: Packing) -> bool:
+    """Whether the relaxed problem has a place for it, and leaves out no more of the others."""
+    again = relaxed.solved()
+    return again.places[str(candidate.wanted.id)] is not None and again.cost.left_out < packing.cost.left_out
