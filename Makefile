@@ -60,4 +60,4 @@ bench: install ## figures, not tests: they differ from machine to machine
 	$(BIN)/python -m benchmarks.packing
 
 clean: ## remove what make made, and the weights
-	rm -rf $(VENV) .models .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) .models build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -19,7 +19,19 @@ from typing import Any, TypeVar
 import psutil
 
 from sage_reconcile.core.journal import Entry, parse_entry
-from tests.oracle import Ran, alive, assert_no_leaks, environ, environment, labelled, leaks, run_sage
+from tests import fakenvml
+from tests.oracle import (
+    STRANGER,
+    Ran,
+    alive,
+    assert_no_leaks,
+    environ,
+    environment,
+    gpu_file,
+    labelled,
+    leaks,
+    run_sage,
+)
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py").resolve()
 
@@ -98,6 +110,45 @@ class Place:
         text = json.dumps({"version": 1, "name": stack, "engines": engines}, indent=1)
         path.write_text(text, encoding="utf-8")
         return path
+
+    @property
+    def nvml(self) -> Path:
+        """The file of the fake GPUs, for what tests/fakenvml offers and `gpus` does not."""
+        return gpu_file(self.root)
+
+    def gpus(self, *machine: fakenvml.Entry, ahead_seconds: int = 0) -> None:
+        """From now on commands see this machine, in place of the one before; what processes hold they go on holding.
+
+        Without it they see the real one. Commands that are forked need it before the first of them.
+        """
+        fakenvml.write_state(self.nvml, *machine, ahead_seconds=ahead_seconds)
+
+    def gpu_fake(self, name: str, *modes: str, mib: int, **fields: Any) -> dict[str, Any]:
+        """An engine of a manifest: the fake one, on a GPU, of which it takes so much."""
+        claims = ("--fake-nvml", str(self.nvml), "--gpu-memory", str(mib))
+        return fake(name, *claims, *modes, **{"use_gpu": True, "gpu_memory": f"{mib}MiB", **fields})
+
+    @contextmanager
+    def foreign_on(self, gpu: int | str, mib: int) -> Iterator["subprocess.Popen[bytes]"]:
+        """A process that is nobody's engine and holds so much of a GPU."""
+        with stranger("/bin/sleep", "600") as process:
+            fakenvml.claim(self.nvml, fakenvml.device(self.nvml, gpu).uuid, process.pid, mib)
+            yield process
+
+    def used_mib(self, gpu: int | str) -> int:
+        """What is used of a GPU or slice, whatever NVML is told to say of it."""
+        return fakenvml.memory(self.nvml, gpu).used_mib
+
+    def held_mib(self) -> dict[str, dict[str, int]]:
+        """What each engine that runs holds of which GPU, by the engine's id and the GPU's UUID: not from sage."""
+        holders = [entry for entry in fakenvml.entries(self.nvml) if isinstance(entry, fakenvml.Process)]
+        held: dict[str, dict[str, int]] = {}
+        for process in labelled(self.root):
+            mine = held.setdefault(process.engine, {})
+            for holder in holders:
+                if (holder.pid, holder.start) == (process.pid, process.start_ticks):
+                    mine[str(holder.gpu)] = mine.get(str(holder.gpu), 0) + holder.mib
+        return held
 
     def sage(
         self,
@@ -249,7 +300,11 @@ def stranger(*command: str, directory: Path | None = None, **variables: str) -> 
     """A process that is nobody's engine, ended with the test. It must be left alone by everything that sage does."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SAGE_")}
     process = subprocess.Popen(
-        command, cwd=directory, env=kept | variables, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        command,
+        cwd=directory,
+        env=kept | {STRANGER: "1"} | variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
     try:
         yield process

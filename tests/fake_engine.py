@@ -35,6 +35,18 @@ neither counted nor recorded, and a request is counted as finished a moment afte
 --close-output         lets go of stdout and stderr after the first lines
 --first-thread-ends    on SIGUSR1 its first thread ends, the others go on; nothing hears SIGTERM any more
 --record FILE          appends a JSON line per request: method, path, headers, body_length, body (first 2000 characters)
+
+GPUs of tests/fakenvml. The engine sees those that CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER let it see, as CUDA would;
+it dies when it sees none, and when one has not enough memory. It is not ready before it has what it takes:
+
+--fake-nvml FILE       what the machine is
+--gpu-memory MIB       takes so much of each GPU that it sees
+--memory-after S       takes it S seconds after the start
+--memory-in-steps N    takes it in N steps, from then until it would be ready without
+--memory-grows-to MIB  takes so much, all in all, once it is ready
+--memory-lingers S     what it took is free S (whole) seconds after its death was seen
+--child-holds-memory   the child of --fork-child takes it
+--claims-on GPU        takes it of this one (index of NVML, or UUID), whatever it sees
 """
 
 import argparse
@@ -52,6 +64,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NoReturn
 
 _GENERATE = ("/v1/chat/completions", "/v1/completions")
@@ -69,10 +82,13 @@ def main() -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: state.terminate())
     _log_start(args)
-    if args.fork_child and not args.child_holds_port:
-        _fork_child(args)
+    child = _fork_child(args) if args.fork_child and not args.child_holds_port else None
+    if args.gpu_memory:
+        _load(args, state, child if args.child_holds_memory else os.getpid())
     if args.exit_code is not None:
         _sleep(args.exit_after)
+        while not state.loaded.is_set():
+            _sleep(_TURN_SECONDS)
         _say(f"error: told to exit with {args.exit_code}")
         os._exit(args.exit_code)
     _sleep(args.bind_after)
@@ -110,7 +126,20 @@ def _arguments() -> argparse.Namespace:
     flag("--child-holds-port", action="store_true")
     flag("--workers", type=int, default=1)
     flag("--record")
-    return parser.parse_args()
+    flag("--fake-nvml", type=Path)
+    for name in ("gpu-memory", "memory-grows-to"):
+        flag(f"--{name}", type=int)
+    flag("--memory-after", type=float, default=0.0)
+    flag("--memory-in-steps", type=int, default=1)
+    flag("--memory-lingers", type=int, default=0)
+    flag("--child-holds-memory", action="store_true")
+    flag("--claims-on")
+    args = parser.parse_args()
+    if args.gpu_memory and (args.fake_nvml is None or args.workers > 1):
+        parser.error("--gpu-memory needs --fake-nvml, and that there is one worker")
+    if args.child_holds_memory and (args.child_holds_port or not args.fork_child):
+        parser.error("--child-holds-memory needs --fork-child, and that it does not hold the port, which comes later")
+    return args
 
 
 class _State:
@@ -120,7 +149,12 @@ class _State:
         self.args = args
         self.changed = threading.Condition()
         self.counts = {"active": 0, "finished": 0, "cancelled": 0, "bytes_sent": 0, "requests": 0}
-        self.ready_at = math.inf if args.never_ready else time.monotonic() + args.bind_after + args.ready_after
+        self.started_at = time.monotonic()
+        self.loaded_at = self.started_at + args.bind_after + args.ready_after
+        self.ready_at = math.inf if args.never_ready else self.loaded_at
+        self.loaded = threading.Event()  # its GPU memory is taken
+        if not args.gpu_memory:
+            self.loaded.set()
         self.terms_to_swallow = math.inf if args.ignore_term else args.swallow_terms
         self.servers: list[_Server] = []  # those that are bound
 
@@ -135,7 +169,11 @@ class _State:
             self.changed.wait_for(lambda: self.counts["active"] == 0)
 
     def is_ready(self) -> bool:
-        return time.monotonic() >= self.ready_at
+        return self.loaded.is_set() and time.monotonic() >= self.ready_at
+
+    def wait_until_ready(self) -> None:
+        while not self.is_ready():
+            time.sleep(_TURN_SECONDS)
 
     def terminate(self) -> None:
         if self.terms_to_swallow > 0:
@@ -198,7 +236,9 @@ _FORK_AGAIN = (
 )
 
 
-def _fork_child(args: argparse.Namespace, *held_fds: int) -> None:
+def _fork_child(args: argparse.Namespace, *held_fds: int) -> int:
+    """Its pid."""
+
     def ignore_term() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -211,7 +251,48 @@ def _fork_child(args: argparse.Namespace, *held_fds: int) -> None:
         preexec_fn=ignore_term if args.child_ignore_term else None,
         stdout=subprocess.PIPE if args.child_double_fork else None,
     )
-    _say(f"child pid {int(child.communicate()[0]) if args.child_double_fork else child.pid}")
+    pid = int(child.communicate()[0]) if args.child_double_fork else child.pid
+    _say(f"child pid {pid}")
+    return pid
+
+
+def _load(args: argparse.Namespace, state: _State, holder: int) -> None:
+    """Begin to take the memory of the GPUs, on behalf of the process `holder`."""
+    # Here, because most engines have no GPU and start faster without; so, because this is run as a script.
+    from fakenvml import cuda, device
+
+    gpus = cuda.visible(args.fake_nvml, os.environ)
+    if args.claims_on is not None:
+        gpus = (device(args.fake_nvml, args.claims_on).uuid,)
+    if not gpus:
+        _say("RuntimeError: No CUDA GPUs are available")
+        os._exit(1)
+
+    def load() -> None:
+        begin = state.started_at + args.memory_after
+        step_seconds = max(state.loaded_at - begin, 0.0) / args.memory_in_steps
+        for step in range(args.memory_in_steps):
+            time.sleep(max(begin + step * step_seconds - time.monotonic(), 0.0))
+            _take(args, gpus, holder, args.gpu_memory * (step + 1) // args.memory_in_steps)
+        state.loaded.set()
+        if args.memory_grows_to:
+            state.wait_until_ready()
+            _take(args, gpus, holder, args.memory_grows_to)
+
+    threading.Thread(target=load, daemon=True).start()
+
+
+def _take(args: argparse.Namespace, gpus: tuple[str, ...], holder: int, mib: int) -> None:
+    from fakenvml import allocate, memory
+
+    for number, gpu in enumerate(gpus):
+        if not allocate(args.fake_nvml, gpu, holder, mib, linger_seconds=args.memory_lingers):
+            now = memory(args.fake_nvml, gpu)
+            _say(
+                f"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate {mib} MiB. "
+                f"GPU {number} has a total capacity of {now.total_mib} MiB of which {now.free_mib} MiB is free."
+            )
+            os._exit(1)
 
 
 def _serve(args: argparse.Namespace, state: _State) -> None:
@@ -258,7 +339,8 @@ def _flood(size: int) -> None:
 
 
 def _crash(state: _State) -> None:
-    time.sleep(max(0.0, state.ready_at - time.monotonic()) + state.args.crash_after_ready)
+    state.wait_until_ready()
+    time.sleep(state.args.crash_after_ready)
     _say("error: told to crash")
     os._exit(1)
 

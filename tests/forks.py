@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.oracle import Ran, environment
+from tests.oracle import Ran, environment, gpu_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,8 +51,11 @@ class Forks:
 
     def __init__(self, process: "subprocess.Popen[str]", directory: Path) -> None:
         self._process, self._directory, self._count = process, directory, 0
+        self._gpus = gpu_environment(directory)
 
     def start(self, state: Path, *arguments: str, more_environment: Mapping[str, str] | None = None) -> Command:
+        # The loader reads LD_LIBRARY_PATH when a program starts, and these commands start none.
+        assert gpu_environment(state.parent) == self._gpus, "a place gets its GPUs before its commands are forked"
         self._count += 1
         said = self._directory / f"said-{self._count}"
         variables = environment(state) | dict(more_environment or {})
@@ -79,7 +82,7 @@ def forks(directory: Path) -> Iterator[Forks]:
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.forks"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **gpu_environment(directory)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -18,9 +18,17 @@ import psutil
 import yaml
 
 from sage_reconcile.core.journal import parse_entry
+from tests import fakenvml
+from tests.fakenvml import Gpu, Mig, Process, Used
 
 # A command of sage takes half a second by itself. This long means that it hangs.
 _COMMAND_SECONDS = 60.0
+
+# The memory of a dead process comes back later than its port: on real GPUs within seconds.
+_MEMORY_SECONDS = 10.0
+
+# Who has this as 1 in the environment is a process of the test's own, and no engine.
+STRANGER = "TEST_STRANGER"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +54,23 @@ class Labelled:
 
 
 def environment(state: Path) -> dict[str, str]:
-    """sage's environment: a state directory and a lock of the test's own, and nothing else of sage."""
+    """sage's environment: a state directory and a lock of the test's own, its fake GPUs, and nothing else of sage."""
     # Without compiled modules every command would compile all of sage anew, which takes longer than the command.
     left_out = ("SAGE_", "PYTHONDONTWRITEBYTECODE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
-    return {**kept, "SAGE_STATE_DIR": str(state), "SAGE_LOCK_FILE": str(state.with_name("lock"))}
+    variables = {"SAGE_STATE_DIR": str(state), "SAGE_LOCK_FILE": str(state.with_name("lock"))}
+    return kept | variables | gpu_environment(state.parent)
+
+
+def gpu_file(root: Path) -> Path:
+    """The file that says what GPUs a test has, if it has any."""
+    return root / "nvml"
+
+
+def gpu_environment(root: Path) -> dict[str, str]:
+    """What makes a process see the test's fake GPUs; nothing where it has none."""
+    file = gpu_file(root)
+    return fakenvml.environment(fakenvml.library(), file) if file.exists() else {}
 
 
 def run_sage(
@@ -95,18 +115,21 @@ def leaks(
     *,
     again: bool = True,
     planned: Callable[..., Ran] = run_sage,
+    memory_seconds: float = _MEMORY_SECONDS,
 ) -> tuple[str, ...]:
     """All that is wrong, within the directory that holds the state.
 
     `project_dir` is the directory of manifests that was applied, None when nothing shall run any more; the lock lies
     beside the state. `said` are the outputs of the commands so far. `planned` runs the plan that has to be empty.
+    `memory_seconds` is how long the memory of the dead may take to come back.
 
     1. No live process carries the token of an engine that no manifest asks for, and no engine runs twice.
     2. Whoever listens on one of the ports is a process of an engine.
     3. Nothing that was said or logged holds a traceback.
     4. Every line of every journal can be read.
     5. No file is half written.
-    6. After an apply a plan is empty, and with `again` also: sage calls ready what the manifests ask for, and a further
+    6. What is used of a fake GPU is what its file says, and what live engines and strangers hold of it.
+    7. After an apply a plan is empty, and with `again` also: sage calls ready what the manifests ask for, and a further
        apply does nothing. These two cost a second.
     """
     wanted = wanted_ids(project_dir) if project_dir is not None else frozenset()
@@ -116,6 +139,7 @@ def leaks(
         *_tracebacks(state, said),
         *_unreadable_journals(state),
         *_litter(state),
+        *_strange_memory(state.parent, memory_seconds),
     ]
     if project_dir is not None:
         found += _unrest(planned(state, "plan", str(project_dir), "--detailed-exitcode"))
@@ -198,20 +222,68 @@ def _unwanted_processes(root: Path, wanted: frozenset[str]) -> list[str]:
 
 
 def _strange_listeners(root: Path, ports: range) -> list[str]:
-    processes = labelled(root)
-    pids = {process.pid for process in processes}
-    sessions = {process.session for process in processes if process.session in pids}
+    is_of_an_engine = _members(root)
     return [
         f"port {connection.laddr.port} is listened on by pid {connection.pid}, which is of no engine"
         for connection in psutil.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports
-        if connection.pid not in pids and _session(connection.pid) not in sessions
+        if not is_of_an_engine(connection.pid)
     ]
+
+
+def _members(root: Path) -> Callable[[int | None], bool]:
+    """Whether a process is of an engine: it carries the token, or is in the session of one that does and leads it."""
+    processes = labelled(root)
+    pids = {process.pid for process in processes}
+    sessions = {process.session for process in processes if process.session in pids}
+    return lambda pid: pid in pids or _session(pid) in sessions
 
 
 def _session(pid: int | None) -> int | None:
     fields = stat_fields(pid) if pid is not None else []
     return int(fields[3]) if fields else None
+
+
+def _strange_memory(root: Path, seconds: float) -> list[str]:
+    if not gpu_file(root).exists():
+        return []
+    deadline = time.monotonic() + seconds
+    while (found := _memory_of_nobody(root)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def _memory_of_nobody(root: Path) -> list[str]:
+    file = gpu_file(root)
+    entries = fakenvml.entries(file)
+    is_of_an_engine = _members(root)
+    live = [entry for entry in entries if isinstance(entry, Process) and _holds(entry)]
+    found = [
+        f"pid {holder.pid} holds {holder.mib} MiB of {holder.gpu} and is of no engine"
+        for holder in live
+        if not holder.elsewhere and not is_of_an_engine(holder.pid) and environ(holder.pid).get(STRANGER) != "1"
+    ]
+    for device in [entry for entry in entries if isinstance(entry, Gpu | Mig)]:
+        known = [entry for entry in entries if isinstance(entry, Used) or entry in live]
+        held_mib = sum(entry.mib for entry in known if _is_part(file, entry.gpu, device))
+        used_mib = fakenvml.memory(file, device.uuid).used_mib
+        if used_mib != held_mib:
+            found.append(f"{used_mib} MiB of {device.uuid} are used, and the living hold {held_mib} MiB")
+    return found
+
+
+def _holds(process: Process) -> bool:
+    fields = stat_fields(process.pid)
+    return process.elsewhere or bool(fields) and process.start in (None, int(fields[19]))
+
+
+def _is_part(file: Path, name: int | str, whole: Gpu | Mig) -> bool:
+    try:
+        part = fakenvml.device(file, name)
+    except LookupError:
+        # The test has taken the GPU away.
+        return False
+    return part == whole or isinstance(part, Mig) and fakenvml.device(file, part.gpu) == whole
 
 
 def _tracebacks(state: Path, said: Iterable[str]) -> list[str]:

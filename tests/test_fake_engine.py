@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.fakenvml import Gpu, Mig, Used, gpu_uuid, memory, mig_uuid, write_state
+
 _FAKE = Path(__file__).parent / "fake_engine.py"
 _DEADLINE_SECONDS = 20.0
 
@@ -315,6 +317,134 @@ def test_requests_are_recorded_in_order(tmp_path: Path) -> None:
     assert len(lines[1]["body"]) == 2000
 
 
+# --- on GPUs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("visible", "used"),
+    [("2,1", [0, 500, 500, 0]), (f"{gpu_uuid(0)},{gpu_uuid(2)}", [500, 0, 500, 0]), (mig_uuid(3, 0), [0, 0, 0, 500])],
+    ids=["numbers", "uuids", "slice"],
+)
+def test_memory_is_taken_of_each_gpu_that_it_sees_before_it_is_ready(nvml: Path, visible: str, used: list[int]) -> None:
+    gpus = [Gpu(index=index) for index in range(3)]
+    write_state(nvml, *gpus, Gpu(index=3, mig=True), Mig(gpu=3, index=0))
+    with gpu_engine(nvml, 500, CUDA_VISIBLE_DEVICES=visible) as (process, port):
+        wait_until_ready(port)
+
+        assert used_mib(nvml, 0, 1, 2, 3) == used
+        process.kill()
+        process.wait(timeout=5)
+        assert used_mib(nvml, 0, 1, 2, 3) == [0, 0, 0, 0]
+
+
+def test_memory_grows_in_steps_until_the_engine_is_ready_and_may_grow_after(nvml: Path) -> None:
+    steps = ("--memory-after", 0.2, "--ready-after", 0.8, "--memory-in-steps", 3, "--memory-grows-to", 900)
+    with gpu_engine(nvml, 600, *steps) as (_, port):
+        seen = [0]
+        while seen[-1] < 900:
+            is_ready = ask(port, "/health")[0].status == 200
+            seen += [used for used in used_mib(nvml, 0) if used != seen[-1]]
+            assert is_ready <= (seen[-1] >= 600)
+
+    # A busy machine may miss some of them.
+    assert seen == sorted(seen)
+    assert {200, 400} & set(seen) and set(seen) <= {0, 200, 400, 600, 900}
+
+
+def test_engine_that_takes_its_memory_late_is_ready_late(nvml: Path) -> None:
+    with gpu_engine(nvml, 600, "--memory-after", 0.5) as (_, port):
+        assert ask(port, "/health")[0].status == 503
+        wait_until_ready(port)
+
+        assert used_mib(nvml, 0) == [600]
+
+
+@pytest.mark.parametrize("visible", ["", "GPU-no-such", "-1"])
+def test_engine_that_sees_no_gpu_dies(nvml: Path, visible: str) -> None:
+    with gpu_launched(nvml, 500, CUDA_VISIBLE_DEVICES=visible) as (process, _):
+        assert process.wait(timeout=5) == 1
+        assert process.stdout is not None
+        assert process.stdout.read().splitlines()[-1] == b"RuntimeError: No CUDA GPUs are available"
+
+
+def test_engine_that_finds_too_little_memory_dies_and_holds_none(nvml: Path) -> None:
+    write_state(nvml, Gpu(index=0), Gpu(index=1, total_mib=1000, reserved_mib=300), Used(gpu=1, mib=400))
+    with gpu_launched(nvml, 301, CUDA_VISIBLE_DEVICES="0,1") as (process, _):
+        assert process.wait(timeout=5) == 1
+        assert process.stdout is not None
+        last = process.stdout.read().decode().splitlines()[-1]
+
+    assert last == (
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 301 MiB. "
+        "GPU 1 has a total capacity of 1000 MiB of which 300 MiB is free."
+    )
+    assert used_mib(nvml, 0, 1) == [0, 400]
+
+
+def test_child_that_holds_the_memory_holds_it_after_the_death_of_the_engine(nvml: Path) -> None:
+    with gpu_engine(nvml, 500, "--fork-child", "--child-holds-memory") as (process, port):
+        assert process.stdout is not None
+        child = child_pid(process.stdout.readline, process.stdout.readline)
+        try:
+            wait_until_ready(port)
+            process.kill()
+            process.wait(timeout=5)
+
+            assert used_mib(nvml, 0) == [500]
+        finally:
+            end(child)
+        assert used_mib(nvml, 0) == [0]
+
+
+def test_memory_lingers_after_the_death_of_the_engine(nvml: Path) -> None:
+    with gpu_launched(nvml, 500, "--memory-lingers", 60, "--exit-code", 3) as (process, _):
+        assert process.wait(timeout=5) == 3
+        assert used_mib(nvml, 0) == [500]
+
+    write_state(nvml, Gpu(index=0), ahead_seconds=70)
+    assert used_mib(nvml, 0) == [0]
+
+
+def test_engine_may_take_memory_where_it_was_not_told_to(nvml: Path) -> None:
+    write_state(nvml, Gpu(index=0), Gpu(index=1))
+    with gpu_engine(nvml, 500, "--claims-on", 1, CUDA_VISIBLE_DEVICES="0") as (_, port):
+        wait_until_ready(port)
+
+        assert used_mib(nvml, 0, 1) == [0, 500]
+
+
+@pytest.fixture
+def nvml(tmp_path: Path) -> Path:
+    """A machine with one GPU, unless a test says otherwise."""
+    write_state(tmp_path / "nvml", Gpu(index=0))
+    return tmp_path / "nvml"
+
+
+@contextmanager
+def gpu_engine(nvml: Path, mib: int, *flags: object, **variables: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    with gpu_launched(nvml, mib, *flags, **variables) as (process, port):
+        wait_until(lambda: listens(port))
+        yield process, port
+
+
+@contextmanager
+def gpu_launched(
+    nvml: Path, mib: int, *flags: object, **variables: str
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """As sage would start it: with the numbers of PCI, and in another directory than the tests'."""
+    told = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "0", **variables}
+    with launched("--fake-nvml", nvml, "--gpu-memory", mib, *flags, directory=nvml.parent, **told) as engine:
+        yield engine
+
+
+def used_mib(nvml: Path, *gpus: int) -> list[int]:
+    return [memory(nvml, gpu).used_mib for gpu in gpus]
+
+
+def wait_until_ready(port: int) -> None:
+    wait_until(lambda: ask(port, "/health")[0].status == 200)
+
+
 @contextmanager
 def engine(*flags: object) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A bound engine and its port."""
@@ -324,11 +454,13 @@ def engine(*flags: object) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
 
 
 @contextmanager
-def launched(*flags: object) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def launched(
+    *flags: object, directory: Path | None = None, **variables: str
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A started engine and its port; ended, and seen to be gone, whatever happens inside."""
     port = free_port()
     words = [sys.executable, str(_FAKE), "--port", str(port), *map(str, flags)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, cwd=directory, env=os.environ | variables)
     try:
         yield process, port
     finally:

@@ -2,10 +2,15 @@
 
 In: what the machine has, what holds its memory, what is to go wrong. Out: the library, the file that it reads at every
 call, and the environment that makes a process see them. state.h tells the file's format. Knows nothing of sage.
+Standard library only: fake_engine.py imports it.
 """
 
+import ctypes
 import fcntl
+import functools
+import hashlib
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -17,16 +22,25 @@ from typing import ClassVar
 
 _SOURCE = Path(__file__).with_name("fakenvml.c")
 _NAME = "libnvidia-ml.so.1"  # what pynvml loads
+_BUILT = Path(__file__).resolve().parents[2] / "build" / "fakenvml"
 
 
-def library(directory: Path) -> Path:
-    """The directory that holds libnvidia-ml.so.1: this one; the library is built into it if it is not there."""
+def library(directory: Path | None = None) -> Path:
+    """The directory that holds libnvidia-ml.so.1: this one; the library is built into it if it is not there.
+
+    None: one for these sources, which all who ask have in common.
+    """
+    if directory is None:
+        sources = (_SOURCE.read_bytes(), _SOURCE.with_name("state.h").read_bytes())
+        directory = _BUILT / hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+        directory.mkdir(parents=True, exist_ok=True)
     if not (directory / _NAME).exists():
         # Under another name first: two workers may build at once, and nobody may load a half of it.
         with tempfile.TemporaryDirectory(dir=directory) as temporary:
             made = Path(temporary) / _NAME
             flags = ("-std=gnu11", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
-            subprocess.run(["gcc", *flags, f"-Wl,-soname,{_NAME}", _SOURCE, "-o", made], check=True)
+            # It has no soname: a process that has loaded it by its path, to read memory, would find it by name, too.
+            subprocess.run(["gcc", *flags, _SOURCE, "-o", made], check=True)
             made.replace(directory / _NAME)
     return directory
 
@@ -222,6 +236,19 @@ class HiddenPids:
     gpu: int | str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """The memory of a GPU or slice; what is used is without what is reserved."""
+
+    total_mib: int
+    reserved_mib: int
+    used_mib: int
+
+    @property
+    def free_mib(self) -> int:
+        return max(self.total_mib - self.reserved_mib - self.used_mib, 0)
+
+
 Entry = Gpu | Mig | Process | Used | Link | Xid | Fault | Delay | Hang | ProcessMemoryUnavailable | HiddenPids
 
 
@@ -250,6 +277,38 @@ def write_state(
     _replace(path, lines)
 
 
+def entries(state: Path) -> tuple[Entry, ...]:
+    """What the file says, and then the claims; a GPU is called as it is there."""
+    lines = [*state.read_text(encoding="utf-8").splitlines(), *_claims(state)]
+    return tuple(entry for line in lines if (entry := _entry(line)) is not None)
+
+
+def device(state: Path, gpu: int | str) -> Gpu | Mig:
+    """The GPU or slice that has this index, UUID, or PCI bus id. Raises LookupError when there is none."""
+    for entry in entries(state):
+        if isinstance(entry, Gpu) and str(gpu) in (str(entry.index), entry.uuid, entry.bus):
+            return entry
+        if isinstance(entry, Mig) and gpu == entry.uuid:
+            return entry
+    raise LookupError(f"there is no GPU {gpu}")
+
+
+def memory(state: Path, gpu: int | str) -> Memory:
+    """What is true now, whatever NVML is told to say of it. Raises LookupError when there is no such GPU."""
+    sizes = (ctypes.c_ulonglong * 3)()
+    if not _read_memory()(os.fsencode(state), str(gpu).encode(), sizes):
+        raise LookupError(f"there is no GPU {gpu}")
+    total, reserved, used = sizes
+    return Memory(total_mib=total, reserved_mib=reserved, used_mib=used)
+
+
+@functools.cache
+def _read_memory() -> Callable[..., bool]:
+    function = ctypes.CDLL(str(library() / _NAME)).fakenvml_memory
+    function.restype = ctypes.c_bool
+    return function
+
+
 def claim(
     state: Path,
     gpu: int | str,
@@ -271,16 +330,40 @@ def claim(
     _change_claims(state, lambda lines: [*_without(lines, gpu, pid), _line(process)])
 
 
+def allocate(state: Path, gpu: int | str, pid: int, mib: int, *, linger_seconds: int = 0) -> bool:
+    """Claim so much for the process, all in all, if the GPU has it; whether it had. Two who ask at once take turns."""
+    process = Process(gpu=gpu, pid=pid, mib=mib, start=_start(pid), linger_seconds=linger_seconds)
+
+    def changed(lines: list[str]) -> list[str]:
+        others = _without(lines, gpu, pid)
+        own = [entry for line in lines if line not in others and isinstance(entry := _entry(line), Process)]
+        if mib > memory(state, gpu).free_mib + sum(entry.mib for entry in own):
+            return lines
+        return [*others, _line(process)]
+
+    return _line(process) in _change_claims(state, changed)
+
+
 def release(state: Path, gpu: int | str, pid: int) -> None:
     """The process holds nothing of the GPU any more; nothing happens if it held nothing."""
     _change_claims(state, lambda lines: _without(lines, gpu, pid))
 
 
-def _change_claims(state: Path, changed: Callable[[list[str]], list[str]]) -> None:
-    claims = state.with_name(f"{state.name}.claims")
+def _change_claims(state: Path, changed: Callable[[list[str]], list[str]]) -> list[str]:
+    """The claims as they are now."""
     with _locked(state.with_name(f"{state.name}.lock")):
-        before = claims.read_text(encoding="utf-8").splitlines() if claims.exists() else []
-        _replace(claims, changed(before))
+        lines = changed(_claims(state))
+        _replace(_claims_file(state), lines)
+    return lines
+
+
+def _claims(state: Path) -> list[str]:
+    file = _claims_file(state)
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
+def _claims_file(state: Path) -> Path:
+    return state.with_name(f"{state.name}.claims")
 
 
 @contextmanager
@@ -312,6 +395,22 @@ def _value(value: int | str) -> str:
     text = str(int(value)) if isinstance(value, bool) else str(value)
     assert '"' not in text and "\n" not in text, text
     return f'"{text}"' if " " in text or not text else text
+
+
+def _entry(line: str) -> Entry | None:
+    """The opposite of _line; None for what is no entry: the driver, the clock."""
+    word = line.partition(" ")[0]
+    said = {key: value.strip('"') for key, value in re.findall(r'(\w+)=("[^"]*"|\S*)', line)}
+    for kind in Entry.__args__:
+        if word == kind.WORD:
+            return kind(**{field.name: _read(field.type, said.get(field.name)) for field in fields(kind)})
+    return None
+
+
+def _read(type_of_value: object, text: str | None) -> object:
+    if text is None or type_of_value in (str, str | None, int | str, int | str | None):
+        return text
+    return text == "1" if type_of_value in (bool, bool | None) else int(text)
 
 
 def _replace(path: Path, lines: list[str]) -> None:

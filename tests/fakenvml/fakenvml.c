@@ -484,6 +484,21 @@ nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v2_t *ou
     return NVML_SUCCESS;
 }
 
+/* Not of NVML: the truth behind it, which no fault spoils and which counts as no call. false: there is no such GPU.
+ * sizes: total, reserved and used in MiB. */
+bool fakenvml_memory(const char *file, const char *gpu, ulonglong sizes[3]) {
+    STATE;
+    asked_about = file;
+    struct target it = {NULL, NULL};
+    if (load(&state)) it = target_called(&state, gpu);
+    if (it.gpu) {
+        nvmlMemory_v2_t now = memory(&state, it);
+        sizes[0] = now.total / MIB, sizes[1] = now.reserved / MIB, sizes[2] = now.used / MIB;
+    }
+    asked_about = NULL;
+    return it.gpu != NULL;
+}
+
 static bool told_of(const struct state *state, const char *word, struct target it) {
     EACH(state, word, line)
         if (!text(line, "gpu", NULL) || target_called(state, text(line, "gpu", "")).gpu == it.gpu) return true;

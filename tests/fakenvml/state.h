@@ -101,9 +101,12 @@ static void broken(const char *what, const char *where) {
     abort();
 }
 
+/* The file that this thread asks about; NULL: FAKE_NVML_STATE names it. */
+static __thread const char *asked_about;
+
 static char *file_beside_state(const char *ending) {
     static __thread char path[4096];
-    const char *state = getenv("FAKE_NVML_STATE");
+    const char *state = asked_about ? asked_about : getenv("FAKE_NVML_STATE");
     if (!state || (size_t)snprintf(path, sizeof path, "%s%s", state, ending) >= sizeof path) return NULL;
     return path;
 }

@@ -1,5 +1,6 @@
 """Engines come, change, fail and go: the real command line over real processes, and the leak oracle after each test."""
 
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,9 @@ import pytest
 
 from sage_reconcile.core.journal import ActBegun, ActDone, PlanBegun, PlanEnded
 from tests.e2e import FAKE_ENGINE, Place, fake, kill, listens, stranger, until
-from tests.oracle import alive, assert_no_leaks, environ, labelled, leaks
+from tests.fakenvml import Gpu, Used, claim, gpu_uuid
+from tests.forks import forks
+from tests.oracle import STRANGER, alive, assert_no_leaks, environ, labelled, leaks
 from tests.seed_preset import SEED_PRESET
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -828,3 +831,57 @@ def test_oracle_sees_what_nobody_wants(place: Place) -> None:
         "there is a traceback in x/ghost.log",
         "x/journal.jsonl",
     ]
+
+
+def test_oracle_sees_memory_that_nobody_should_hold(place: Place) -> None:
+    machine = (Gpu(index=0), Gpu(index=1), Used(gpu=1, mib=50))
+    place.gpus(*machine)
+    label = {"SAGE_ENGINE": "lab/ghost", "SAGE_SOURCE": str(place.manifests)}
+    with (
+        place.foreign_on(0, 300),
+        # An engine that runs, what is left of one without its label, and one that has died.
+        stranger("/bin/sleep", "60", **label) as engine,
+        stranger("/bin/sleep", "60", **{STRANGER: "0"}) as lost,
+        stranger("/bin/sleep", "60") as dead,
+    ):
+        claim(place.nvml, gpu_uuid(0), engine.pid, 1000)
+        assert place.held_mib() == {"lab/ghost": {gpu_uuid(0): 1000}}
+        claim(place.nvml, gpu_uuid(0), lost.pid, 200)
+        claim(place.nvml, gpu_uuid(1), dead.pid, 70, linger_seconds=60)
+        kill(dead.pid)
+
+        _, *found = leaks(place.state, None, place.ports, memory_seconds=0)
+        assert found == [
+            f"pid {lost.pid} holds 200 MiB of {gpu_uuid(0)} and is of no engine",
+            f"120 MiB of {gpu_uuid(1)} are used, and the living hold 50 MiB",
+        ]
+        assert place.used_mib(0) == 1500
+
+    place.gpus(*machine, ahead_seconds=70)
+    place.assert_nothing_left()
+
+
+# --- the place itself -------------------------------------------------------------------------------------------------
+
+
+def test_place_shows_its_gpus_to_every_command(place: Place) -> None:
+    place.gpus(Gpu(index=0), Gpu(index=1))
+    words = ("gpu", "-o", "json")
+    with place.foreign_on(1, 300) as process, place.started(*words) as begun, forks(place.root) as commands:
+        answers = [place.sage(*words).stdout, begun.communicate()[0], commands.run(place.state, *words).stdout]
+
+    seen = [[device["processes"] for device in json.loads(answer)["devices"]] for answer in answers]
+    assert [[[holder["pid"] for holder in holders] for holders in one] for one in seen] == [[[], [process.pid]]] * 3
+
+
+def test_engine_of_a_place_takes_what_its_manifest_says(place: Place) -> None:
+    """As sage will start it: from the words of the manifest, with its label and the GPUs that it was given."""
+    place.gpus(Gpu(index=0), Gpu(index=1))
+    chat = place.gpu_fake("chat", mib=2000)
+    assert (chat["use_gpu"], chat["gpu_memory"]) == (True, "2000MiB")
+    port = place.spare[0]
+    words = [word.format(port=port, host="127.0.0.1", model="chat") for word in chat["command"]]
+    label = {"SAGE_ENGINE": "lab/chat", "SAGE_SOURCE": str(place.manifests)}
+    with stranger(*words, CUDA_VISIBLE_DEVICES=gpu_uuid(1), **label):
+        until(lambda: place.used_mib(1) == 2000, "the engine has its memory")
+        assert place.held_mib() == {"lab/chat": {gpu_uuid(1): 2000}}

@@ -25,10 +25,17 @@ from tests.fakenvml import (
     ProcessMemoryUnavailable,
     Used,
     Xid,
+    allocate,
     claim,
+    device,
+    entries,
+    gpu_uuid,
+    memory,
+    mig_uuid,
     release,
     write_state,
 )
+from tests.fakenvml.cuda import visible
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -102,8 +109,8 @@ class Client:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fakenvml.library(tmp_path_factory.mktemp("fakenvml"))
+def library() -> Path:
+    return fakenvml.library()
 
 
 @pytest.fixture
@@ -377,6 +384,113 @@ def test_a_process_that_releases_holds_nothing_and_one_that_claims_again_holds_t
     assert client.ask("used(0)") == 40
     release(state, 0, sleeper.pid)
     assert client.ask("used(0)") == 0
+
+
+def test_what_was_written_and_claimed_is_read_again(state: Path, sleeper: "subprocess.Popen[bytes]") -> None:
+    gpus = (
+        Gpu(index=0, name="NVIDIA L4", numa=None, total_mib=None),
+        Gpu(index=1, mig=True),
+        Mig(gpu=gpu_uuid(1), index=0),
+    )
+    faults = (Fault(code="NVML_ERROR_UNKNOWN", gpu="0", times=2), Xid(gpu="1", code=79), HiddenPids())
+    write_state(state, *gpus, *faults, Link(a="0", b="1", kind="nvlink"), ahead_seconds=5)
+    claim(state, gpu_uuid(0), sleeper.pid, 100)
+
+    *written, claimed = entries(state)
+    assert written == [*gpus, *faults, Link(a="0", b="1", kind="nvlink")]
+    assert isinstance(claimed, Process)
+    assert (claimed.gpu, claimed.pid, claimed.mib) == (gpu_uuid(0), sleeper.pid, 100)
+    assert [device(state, name) for name in (1, gpu_uuid(1), "0000:11:00.0")] == [gpus[1]] * 3
+
+
+def test_memory_is_told_from_behind_nvml_whatever_that_is_told_to_say(
+    client: Client, state: Path, sleeper: "subprocess.Popen[bytes]"
+) -> None:
+    sliced = (Gpu(index=1, mig=True), Mig(gpu=1, index=0))
+    lost = (Fault(code="NVML_ERROR_GPU_IS_LOST", call="nvmlInit", after=1), HiddenPids(), Hang(gpu=0))
+    write_state(state, Gpu(index=0), *sliced, Used(gpu=0, mib=10), *lost)
+    claim(state, mig_uuid(1, 0), sleeper.pid, 100)
+
+    assert [memory(state, name).used_mib for name in (0, gpu_uuid(1), mig_uuid(1, 0))] == [10, 100, 100]
+    assert memory(state, 0).free_mib == 81_559 - 600 - 10
+    with pytest.raises(LookupError):
+        memory(state, 2)
+    # It counted as no call.
+    assert client.ask("nvmlInit()") is None
+    assert client.ask("nvmlInit()") == "NVMLError_GpuIsLost"
+
+
+def test_two_that_allocate_at_once_do_not_get_more_than_there_is(state: Path) -> None:
+    write_state(state, Gpu(index=0, total_mib=1000, reserved_mib=0), Used(gpu=0, mib=100))
+    asking = """
+import os, sys
+from pathlib import Path
+from tests.fakenvml import allocate
+print(sum(allocate(Path(sys.argv[1]), 0, os.getpid(), mib) for mib in range(10, 1000, 10)), flush=True)
+sys.stdin.read()
+"""
+    words = [sys.executable, "-c", asking, state]
+    engines = [
+        subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    try:
+        got = [int(engine.stdout.readline()) for engine in engines if engine.stdout]
+        # Each asks for 10 more until nothing is left.
+        assert sum(got) == 90
+        assert memory(state, 0).used_mib == 1000
+    finally:
+        for engine in engines:
+            engine.communicate()
+
+
+def test_what_a_process_has_counts_when_it_allocates_more(state: Path, sleeper: "subprocess.Popen[bytes]") -> None:
+    write_state(state, Gpu(index=0, total_mib=1000, reserved_mib=0))
+    asked = (600, 900, 1001, 1000)
+    assert [allocate(state, 0, sleeper.pid, mib) for mib in asked] == [True, True, False, True]
+    assert memory(state, 0).used_mib == 1000
+
+
+# --- what CUDA makes of it --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "seen"),
+    [
+        (None, [2, 1, 0]),
+        ("", []),
+        ("-1", []),
+        ("0", [2]),
+        (" 1 , 0", [1, 2]),
+        ("1,3,0", [1]),
+        ("0x1", []),
+        (gpu_uuid(0), [0]),
+        ("GPU-00000001", [1]),
+        ("GPU-0000000", []),
+        (f"{gpu_uuid(0)},GPU-none,{gpu_uuid(1)}", [0]),
+    ],
+)
+def test_cuda_shows_the_gpus_that_are_named_up_to_the_first_that_is_not_there(
+    state: Path, names: str | None, seen: list[int]
+) -> None:
+    """The indexes of NVML go against the order of the buses here."""
+    write_state(state, *(Gpu(index=index, bus=f"0000:{9 - index:02x}:00.0") for index in range(3)))
+    variables = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} | ({} if names is None else {"CUDA_VISIBLE_DEVICES": names})
+
+    assert visible(state, variables) == tuple(gpu_uuid(index) for index in seen)
+
+
+def test_cuda_counts_the_fastest_first_unless_told_otherwise(state: Path) -> None:
+    write_state(state, Gpu(index=0, capability="8.9"), Gpu(index=1), Gpu(index=2, capability="10.0"))
+
+    assert visible(state, {"CUDA_VISIBLE_DEVICES": "0,1"}) == (gpu_uuid(2), gpu_uuid(1))
+
+
+def test_cuda_shows_one_slice_and_nothing_else(state: Path) -> None:
+    write_state(state, Gpu(index=0), Gpu(index=1, mig=True), Mig(gpu=1, index=0), Mig(gpu=1, index=1))
+
+    asked = (f"{mig_uuid(1, 1)},{mig_uuid(1, 0)}", "1", f"0,{mig_uuid(1, 1)}", "MIG-none")
+    seen = [visible(state, {"CUDA_VISIBLE_DEVICES": names}) for names in asked]
+    assert seen == [(mig_uuid(1, 1),), (mig_uuid(1, 0),), (mig_uuid(1, 1),), ()]
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ class Box:
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fakenvml.library(tmp_path_factory.mktemp("nvml"))
+def library() -> Path:
+    return fakenvml.library()
 
 
 @pytest.fixture
