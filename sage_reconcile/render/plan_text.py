@@ -148,7 +148,8 @@ def blocked_lines(blocked: Blocked, *, kept: bool, paint: Paint = PLAIN) -> list
     lines += [line for device in blocked.devices for line in _shortfall(device)]
     if blocked.would_help:
         verb = "would fit with" if blocked.devices else "would help"
-        lines += _wrapped(f"  {verb}: ", [f"{help} | " for help in blocked.would_help[:-1]] + [blocked.would_help[-1]])
+        first, *others = [f"{cure} | " for cure in blocked.would_help[:-1]] + [blocked.would_help[-1]]
+        lines += _wrapped([f"  {verb}: {first}", *others])
     return lines
 
 
@@ -156,24 +157,24 @@ def _shortfall(device: Shortfall) -> list[str]:
     """One device of a refusal: what is free, what is missing, and who has it."""
     head = f"  gpu{device.index}  free {gib(max(device.free_bytes, 0))} of {gib(device.total_bytes)} GiB"
     if device.why_not:
-        return _wrapped(f"{head}  ", [device.why_not])
+        return _wrapped([head, f"  {device.why_not}"])
     if not device.short_bytes:
         return [f"{head}  fits"]
     head += f"  short {gib(device.short_bytes)}"
-    holders = [f"{who}, " for who in device.held_by[:-1]] + list(device.held_by[-1:])
-    return _wrapped(f"{head}  held by ", holders) if holders else [head]
+    if not device.held_by:
+        return [head]
+    first, *others = [f"{who}, " for who in device.held_by[:-1]] + [device.held_by[-1]]
+    return _wrapped([head, f"  held by {first}", *others])
 
 
-def _wrapped(head: str, parts: list[str]) -> list[str]:
-    """A line that begins with a head and goes on with parts, each whole, on as many lines as it takes."""
-    lines = [head]
-    for part in parts:
-        if len(lines[-1]) + len(part.rstrip(" ,|")) > _LINE_WIDTH and lines[-1] != head:
-            lines[-1] = lines[-1].rstrip()
-            lines.append(" " * _CONTINUED)
-        elif len(lines[-1]) + len(part.rstrip(" ,|")) > _LINE_WIDTH and len(head) > _CONTINUED:
-            lines.append(" " * _CONTINUED)
-        lines[-1] += part
+def _wrapped(parts: list[str]) -> list[str]:
+    """Parts in a row, each whole, on as many lines as it takes; all but the first line are indented."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part.rstrip(" ,|")) > _LINE_WIDTH:
+            lines.append(" " * _CONTINUED + part.lstrip())
+        else:
+            lines[-1] += part
     return [line.rstrip() for line in lines]
 
 

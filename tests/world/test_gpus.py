@@ -88,7 +88,7 @@ def test_one_lost_gpu_spoils_only_itself(box: Box) -> None:
     answer = box.gpus(*(Gpu(index=index) for index in range(4)), Fault(gpu=1, code="NVML_ERROR_GPU_IS_LOST"))
     assert [device["index"] for device in answer["devices"]] == [0, 2, 3]
     (gap,) = answer["gaps"]
-    assert gap["what"] == "device" and "gpu1" in gap["why"] and "lost" in gap["why"].lower()
+    assert gap["what"] == "lost device" and "gpu1" in gap["why"] and "lost" in gap["why"].lower()
 
 
 @pytest.mark.parametrize(
