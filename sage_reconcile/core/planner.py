@@ -76,7 +76,8 @@ def restore_target(before: ObservedState, failed: Plan, desired: DesiredState) -
                 )
             )
     touched = frozenset(act.engine for act in failed.acts)
-    return replace(desired, wanted=tuple(wanted), prune_stacks=None, prune_ids=touched)
+    # A reserve that is new must not keep out what ran without it.
+    return replace(desired, wanted=tuple(wanted), prune_stacks=None, prune_ids=touched, reserve_bytes=0)
 
 
 # --- one pass ---------------------------------------------------------------------------------------------------------

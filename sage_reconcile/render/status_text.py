@@ -10,6 +10,9 @@ from sage_reconcile.render.gpu_text import devices_json
 from sage_reconcile.render.paint import PLAIN, Paint, columns
 from sage_reconcile.render.plan_json import FORMAT_VERSION, timestamp
 
+# Left out on a machine without GPUs.
+_GPU_COLUMN = 5
+
 _COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "stopping": "yellow"}
 
 
@@ -29,6 +32,7 @@ def status_text(
             _kind(engine),
             model_of(engine),
             str(engine.resolved.placement.port),
+            _gpus(engine),
             str(engine.leader.pid),
             duration_text(uptimes.get(engine.leader.pid, 0.0)),
             "" if engine.state == "ready" else engine.reason,
@@ -43,6 +47,7 @@ def status_text(
             str(record.port) if record and record.port else "-",
             "-",
             "-",
+            "-",
             _missing_reason(record, observed),
         )
         for applied, record in missing
@@ -50,14 +55,20 @@ def status_text(
     if not rows:
         lines = ["no engine of yours runs here"]
     else:
-        head = ("ENGINE", "STATE", "KIND", "MODEL", "PORT", "PID", "UP", "REASON")
-        lines = _painted(columns([head, *sorted(rows)]), paint)
+        table = [("ENGINE", "STATE", "KIND", "MODEL", "PORT", "GPU", "PID", "UP", "REASON"), *sorted(rows)]
+        if not observed.devices and all(row[_GPU_COLUMN] == "-" for row in rows):
+            table = [(*row[:_GPU_COLUMN], *row[_GPU_COLUMN + 1 :]) for row in table]
+        lines = _painted(columns(table), paint)
     lines += [f"note: {engine.id} {engine.exposed}" for engine in engines if engine.exposed]
     lines += _foreign(observed)
     lines += [f"cannot see: {gap.what}: {gap.why}" for gap in observed.gaps]
     if missing:
         lines += ["", "start what is missing with: sage apply"]
     return "\n".join(lines)
+
+
+def _gpus(engine: Engine) -> str:
+    return ",".join(map(str, engine.resolved.placement.device_indexes)) or "-"
 
 
 def _painted(lines: list[str], paint: Paint) -> list[str]:
@@ -157,7 +168,7 @@ def _engine(engine: Engine, applied: dict[Any, str], uptimes: dict[int, float]) 
         "port": place.port,
         "base_url": f"http://{place.host}:{place.port}/v1",
         "devices": list(place.devices),
-        "memory_bytes": place.memory_bytes_per_device * len(place.devices),
+        "memory_bytes": place.counted_bytes_per_device * len(place.devices),
         "declared": engine.id in applied,
         "spec_current": applied.get(engine.id) == engine.written,
         "uptime_seconds": round(uptimes.get(engine.leader.pid, 0.0), 1),
