@@ -55,7 +55,10 @@ def status_text(
     if not rows:
         lines = ["no engine of yours runs here"]
     else:
-        table = [("ENGINE", "STATE", "KIND", "MODEL", "PORT", "GPU", "PID", "UP", "REASON"), *sorted(rows)]
+        table: list[tuple[str, ...]] = [
+            ("ENGINE", "STATE", "KIND", "MODEL", "PORT", "GPU", "PID", "UP", "REASON"),
+            *sorted(rows),
+        ]
         if not observed.devices and all(row[_GPU_COLUMN] == "-" for row in rows):
             table = [(*row[:_GPU_COLUMN], *row[_GPU_COLUMN + 1 :]) for row in table]
         lines = _painted(columns(table), paint)
