@@ -1,6 +1,6 @@
 """Fakes that keep the contract and record what was asked of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 
 from sage_reconcile.core.facts import ExitFact
@@ -9,15 +9,21 @@ from sage_reconcile.core.journal import Entry
 from sage_reconcile.core.observed import Engine, ObservedState
 from sage_reconcile.core.plan import StartEngine, StopEngine, after
 from sage_reconcile.core.progress import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
+from sage_reconcile.errors import Environment
 
 
 @dataclass
 class MemoryJournal:
-    """A journal that is lost with the test."""
+    """A journal that is lost with the test, and refuses the lines with these numbers; the first is 1."""
 
+    refuses: Container[int] = ()
     entries: list[Entry] = field(default_factory=list)
+    asked: int = 0
 
     def append(self, entry: Entry) -> None:
+        self.asked += 1
+        if self.asked in self.refuses:
+            raise Environment("cannot write /journal: No space left on device")
         self.entries.append(entry)
 
 

@@ -209,6 +209,27 @@ MUTANTS = (
         caught_by=("tests/world/test_processes.py",),
     ),
     Mutant(
+        bug="an act begins although its line could not be written",
+        file="sage_reconcile/drive/executor.py",
+        old="    refused = set(begun) if why else set()\n",
+        new="    refused: set[int] = set()\n",
+        caught_by=("tests/drive",),
+    ),
+    Mutant(
+        bug="an apply goes on after a line that could not be written",
+        file="sage_reconcile/core/progress.py",
+        old="    if progress.unwritten or (progress.failures and not progress.keep_going):\n        return False\n",
+        new="    if progress.failures and not progress.keep_going:\n        return False\n",
+        caught_by=("tests/drive",),
+    ),
+    Mutant(
+        bug="what ran before is put back with nothing written down",
+        file="sage_reconcile/drive/reconciler.py",
+        old="    if not unwritten:\n",
+        new="    if True:\n",
+        caught_by=("tests/drive",),
+    ),
+    Mutant(
         bug="a journal line is not forced to the disk",
         file="sage_reconcile/world/journal_file.py",
         old="                os.fdatasync(descriptor)\n",

@@ -20,7 +20,7 @@ from sage_reconcile.core.observed import ObservedState, project_engines
 from sage_reconcile.core.plan import Plan, PlanOptions
 from sage_reconcile.drive.executor import Beat
 from sage_reconcile.drive.reconciler import Outcome, apply_plan, sound_plan
-from sage_reconcile.errors import InvalidManifests, Refused, Usage
+from sage_reconcile.errors import Environment, InvalidManifests, Refused, Usage
 from sage_reconcile.world.journal_file import JournalFile
 from sage_reconcile.world.lock import lock_paths, locked
 from sage_reconcile.world.records import Records
@@ -210,10 +210,13 @@ def _carried_out(
             on_beat=watcher.on_beat,
             on_restore=watcher.on_restore,
         )
-    if outcome.result == "converged":
-        _forget_the_dead(host, desired.project, {engine for engine, _ in revision})
-    elif outcome.result == "restored":
-        _forget_the_dead(host, desired.project, {applied.engine for applied in before.applied})
+    kept = {"converged": {engine for engine, _ in revision}, "restored": {applied.engine for applied in before.applied}}
+    try:
+        if outcome.result in kept:
+            _forget_the_dead(host, desired.project, kept[outcome.result])
+    except Environment as error:
+        # What came of the apply is told all the same.
+        return replace(outcome, unwritten=outcome.unwritten or error.message)
     return outcome
 
 

@@ -23,10 +23,12 @@ from sage_reconcile.errors import (
 from sage_reconcile.render.apply_text import (
     RESULTS,
     converged_line,
+    down_text,
     ended_lines,
     running_line,
     tasks_of,
     unended,
+    unwritten_result,
 )
 from sage_reconcile.render.paint import Paint
 from sage_reconcile.render.plan_text import plan_text
@@ -58,24 +60,40 @@ def blocked_error(plan: Plan) -> SageError:
 
 
 def finish(outcome: Outcome, paint: Paint) -> None:
-    """Say what came of an apply. Raises ApplyRestored or ApplyStuck when an act failed."""
+    """Say what came of an apply. Raises ApplyRestored or ApplyStuck when an act failed, Environment for the machine."""
+    if outcome.result == "converged" and outcome.plan.changes:
+        print(converged_line(outcome.plan, paint))
+    if outcome.unwritten:
+        raise _environment_error(outcome)
     if outcome.result == "converged":
-        if outcome.plan.changes:
-            print(converged_line(outcome.plan, paint))
         return
     if outcome.result == "interrupted":
         acts = f"{outcome.done} of {len(outcome.plan.acts)} acts were done"
         hint = "sage status says what runs; sage apply goes on from there"
         raise Interrupted(f"interrupted: {acts}", signal_number=outcome.stop_signal, hint=hint)
     failures = outcome.failures + outcome.restore_failures
-    message = f"{RESULTS[outcome.result]}: {_because(failures)}"
     if any(failure.environment for failure in failures):
-        raise Environment(message, hint="is the disk full or read-only?")
+        raise _environment_error(outcome)
+    message = "; ".join(filter(None, (f"{RESULTS[outcome.result]}: {_because(failures)}", _down(outcome))))
     if any(failure.unseen for failure in failures):
         raise ObservationIncomplete(message, hint="sage gpu shows what the driver tells; sage status what runs")
     if outcome.result == "restored":
         raise ApplyRestored(message)
     raise ApplyStuck(message, hint="sage status shows what runs now; sage apply tries again")
+
+
+def _environment_error(outcome: Outcome) -> Environment:
+    """The error for an apply that the machine did not let sage do, or not write down."""
+    failures = outcome.failures + outcome.restore_failures
+    why = "; ".join(filter(None, (_because(failures) if failures else "", outcome.unwritten, _down(outcome))))
+    hint = "is the disk full or read-only?"
+    if outcome.down:
+        hint += " Once it can be written again, the next sage apply starts what is down"
+    return Environment(f"{unwritten_result(outcome.result)}: {why}", hint=hint)
+
+
+def _down(outcome: Outcome) -> str:
+    return down_text(outcome.down, outcome.stopped)
 
 
 def finish_apply(came_of_it: Outcome | Planned, paint: Paint) -> None:
@@ -129,7 +147,7 @@ class Conversation:
     def _restore(self, _plan: Plan) -> None:
         with contextlib.suppress(OSError):
             self._erase()
-            print(self.live_paint("yellow", "  an engine failed: putting back what ran before"), file=sys.stderr)
+            print(self.live_paint("yellow", "  the apply failed: putting back what ran before"), file=sys.stderr)
             sys.stderr.flush()
 
     def _tell(self, beat: Beat) -> None:

@@ -3,6 +3,7 @@
 An act is done over several looks at the world; each look yields orders, the smallest things a host can do at once.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
@@ -130,12 +131,23 @@ class Progress:
     entries: tuple[ActProgress, ...]
     # Whether acts that do not wait for a failed one still begin.
     keep_going: bool = False
+    # Why something could not be written down, after which no act begins any more; empty as long as all could.
+    unwritten: str = ""
     # What the devices used at the last looks.
     readings: tuple[Reading, ...] = ()
 
     @property
+    def begins_no_more(self) -> bool:
+        """Whether nothing new is begun: a failure comes first, or something could not be written down."""
+        return bool(self.unwritten or (self.failures and not self.keep_going))
+
+    @property
     def failures(self) -> tuple[int, ...]:
         return tuple(index for index, entry in enumerate(self.entries) if entry.phase == "failed")
+
+    @property
+    def all_done(self) -> bool:
+        return all(entry.phase == "done" for entry in self.entries)
 
 
 def begin(plan: Plan, *, keep_going: bool = False) -> Progress:
@@ -146,10 +158,10 @@ def begin(plan: Plan, *, keep_going: bool = False) -> Progress:
 def finished(plan: Plan, progress: Progress) -> bool:
     """Whether nothing is left to do or to wait for.
 
-    After a failure no act begins any more and starting engines are not waited for: what to do with them is for the
-    next plan. A stop that was begun is seen through.
+    After a failure, or when something could not be written down, no act begins any more and starting engines are not
+    waited for: what to do with them is for the next plan. A stop that was begun is seen through.
     """
-    if progress.failures and not progress.keep_going:
+    if progress.begins_no_more:
         return not any(entry.phase in ("draining", "terminating", "killing", "freeing") for entry in progress.entries)
     return all(entry.ended or _cannot_begin(plan, progress, index) for index, entry in enumerate(progress.entries))
 
@@ -157,6 +169,15 @@ def finished(plan: Plan, progress: Progress) -> bool:
 def failed(progress: Progress, index: int, why: str, *, environment: bool = False) -> Progress:
     """The progress after an order could not be carried out; `environment` as in ActProgress."""
     return _with(progress, index, replace(progress.entries[index], phase="failed", why=why, environment=environment))
+
+
+def unwritable(progress: Progress, why: str, begun: Collection[int] = ()) -> Progress:
+    """The progress after something could not be written down; `why` is empty when it could.
+
+    The acts in `begun` would have begun with it, and have not.
+    """
+    entries = tuple(ActProgress() if index in begun else entry for index, entry in enumerate(progress.entries))
+    return replace(progress, entries=entries, unwritten=progress.unwritten or why)
 
 
 def spawned(progress: Progress, index: int, result: Spawned) -> Progress:
@@ -178,6 +199,8 @@ def advance(
         entry = progress.entries[index]
         if entry.ended or (entry.phase == "waiting" and not _may_begin(plan, progress, index, observed)):
             continue
+        if entry.phase == "settling" and progress.begins_no_more:
+            continue  # Nothing of it runs yet.
         match task:
             case StopEngine():
                 entry, given = _stopping(task, entry, observed, now)
@@ -204,7 +227,7 @@ def _may_begin(plan: Plan, progress: Progress, index: int, observed: ObservedSta
     ready = {engine.leader for engine in observed.engines if engine.state == "ready"}
     if not ready.issuperset(needs):
         return False
-    if progress.failures and not progress.keep_going:
+    if progress.begins_no_more:
         return False
     if not all(
         progress.entries[earlier].ended or _cannot_begin(plan, progress, earlier)

@@ -1,16 +1,18 @@
 """Carries out a plan: journal, then act, then journal. It never chooses; what is next comes from core.progress.
 
+What cannot be written down is not begun, and nothing after it.
+
 A synchronous, single-threaded loop. Every order returns at once, so engines load side by side.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from sage_reconcile.core.journal import ActBegun, ActDone, ActFailed, Entry
 from sage_reconcile.core.observed import ObservedState
 from sage_reconcile.core.plan import Act, Plan
-from sage_reconcile.core.progress import Order, Progress, Spawned, advance, begin, failed, finished, spawned
+from sage_reconcile.core.progress import Order, Progress, Spawned, advance, begin, failed, finished, spawned, unwritable
 from sage_reconcile.errors import Environment, SageError
 
 # How long the loop waits between two looks, in seconds. Signals and exits end the wait sooner.
@@ -21,7 +23,10 @@ class Host(Protocol):
     """One machine, as the loop needs it: plain values in and out. A fake one keeps its world in memory."""
 
     def look(self) -> ObservedState:
-        """The world as it is now."""
+        """The world as it is now.
+
+        Raises Environment when something that it shows should be written down and could not be; it is not shown again.
+        """
 
     def do(self, order: Order) -> Spawned | None:
         """Carry out an order and return at once; only a Spawn has a result."""
@@ -40,7 +45,7 @@ class Host(Protocol):
 
 
 class Journal(Protocol):
-    """Where each entry is safe before the call returns."""
+    """Where each entry is safe before the call returns. It raises Environment when it cannot be."""
 
     def append(self, entry: Entry) -> None: ...
 
@@ -80,21 +85,22 @@ def execute(
     keep_going: bool = False,
     on_beat: Callable[[Beat], None] = lambda beat: None,
 ) -> Executed:
-    """Carry out a plan to its end, until an act failed and what was begun is settled, or until asked to stop.
+    """Carry out a plan to its end, or until asked to stop.
 
-    Asked to stop, it gives no further order: what was begun is left as it is, and the next plan goes on from there.
+    When an act fails, or something cannot be written down, it ends once what was begun is settled. Asked to stop, it
+    gives no further order: what was begun is left as it is, and the next plan goes on from there.
     """
     progress = begin(plan, keep_going=keep_going)
     started_at = host.now()
-    observed = host.look()
+    observed, why = seen(host)
     while not (stop_signal := host.stop_signal()):
-        progress = _step(plan, progress, observed, host, journal)
+        progress = _step(plan, unwritable(progress, why), observed, host, journal)
         now = host.now()
         on_beat(Beat(plan=plan, progress=progress, observed=observed, now=now, elapsed_seconds=now - started_at))
         if finished(plan, progress):
             break
         host.wait(PAUSE_SECONDS)
-        observed = host.look()
+        observed, why = seen(host)
     failures = tuple((index, progress.entries[index].why) for index in progress.failures)
     return Executed(progress=progress, observed=observed, failures=failures, stop_signal=stop_signal)
 
@@ -105,16 +111,15 @@ def _step(plan: Plan, progress: Progress, observed: ObservedState, host: Host, j
     progress, orders = advance(plan, progress, observed, host.now())
     acts = range(len(plan.acts))
     begun = [index for index in acts if _begins(before, progress, index)]
-    for index in acts:
-        if index not in begun and _ends(before, progress, index):
-            journal.append(_end_of(progress, index, host))
-    for index in begun:
-        journal.append(ActBegun(at=host.wall_clock(), act=index))
+    ended = [_end_of(progress, index, host) for index in acts if index not in begun and _ends(before, progress, index)]
+    why = write_down(journal, [*ended, *(ActBegun(at=host.wall_clock(), act=index) for index in begun)])
+    # What could not be written down is not done: no order follows a line that is not there, no signal a mark.
+    refused = set(begun) if why else set()
+    progress = unwritable(progress, why, refused)
     told = progress
-    refused: set[int] = set()
     for index, order in orders:
         if index in refused:
-            continue  # What could not be written down is not done: no signal follows a mark that is not there.
+            continue
         try:
             result = host.do(order)
         except SageError as error:
@@ -124,10 +129,29 @@ def _step(plan: Plan, progress: Progress, observed: ObservedState, host: Host, j
             continue
         if isinstance(result, Spawned):
             progress = spawned(progress, index, result)
-    for index in acts:
-        if _ends(before if index in begun else told, progress, index):
-            journal.append(_end_of(progress, index, host))
-    return progress
+    ended = [
+        _end_of(progress, index, host) for index in acts if _ends(before if index in begun else told, progress, index)
+    ]
+    return unwritable(progress, write_down(journal, ended))
+
+
+def seen(host: Host) -> tuple[ObservedState, str]:
+    """The world as it is now, and why something that it shows could not be written down; empty when all could."""
+    try:
+        return host.look(), ""
+    except Environment as error:
+        return host.look(), error.message
+
+
+def write_down(journal: Journal, entries: Iterable[Entry]) -> str:
+    """Append each of the entries; why the first that could not be could not, empty when all could."""
+    why = ""
+    for entry in entries:
+        try:
+            journal.append(entry)
+        except Environment as error:
+            why = why or error.message
+    return why
 
 
 def _begins(before: Progress, after: Progress, index: int) -> bool:

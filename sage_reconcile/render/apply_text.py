@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.plan import Act, Awaited, Plan, RelabelEngine, StartEngine, StopEngine
 from sage_reconcile.core.progress import ActProgress, Progress
 from sage_reconcile.core.quantities import duration_text
@@ -67,6 +68,17 @@ def converged_line(plan: Plan, paint: Paint = PLAIN) -> str:
     """One line for the good end of an apply."""
     done = ", ".join(f"{count} {word}" for word, count in counts_of(plan).items() if count)
     return f"{paint('green', 'Applied')}: {done}."
+
+
+def unwritten_result(result: str) -> str:
+    """What came of an apply of which something could not be written down."""
+    return "applied, but not all of it could be written down" if result == "converged" else RESULTS[result]
+
+
+def down_text(down: tuple[EngineId, ...], stopped: tuple[EngineId, ...]) -> str:
+    """Which engines an apply that failed left down: those that are still wanted, and those that were to be stopped."""
+    told = (("down now", down), ("stopped, as asked for", stopped))
+    return "; ".join(f"{what}: {', '.join(map(str, engines))}" for what, engines in told if engines)
 
 
 def counts_of(plan: Plan) -> dict[str, int]:

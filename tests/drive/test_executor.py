@@ -107,6 +107,18 @@ def test_an_engine_that_starts_already_is_waited_for_and_not_touched() -> None:
     assert [type(order).__name__ for order in host.orders] == ["Prove"]
 
 
+def test_after_a_line_that_is_refused_a_stop_is_seen_through_and_nothing_begins() -> None:
+    now = world(running("lab/deaf", 8001, 100, update={"grace": "2s"}), running("lab/quick", 8002, 101))
+    plan = make_plan(desired(wanted("lab/deaf", max_model_len=64), wanted("lab/quick", max_model_len=64)), now)
+    host = FakeHost(world=now, deaf=frozenset({"lab/deaf"}))
+    journal = MemoryJournal(refuses={3})
+    done = execute(plan, host, journal)
+    # The refused line is that of the end of the quick one's stop; the start that would follow has none either.
+    assert [entry.entry for entry in journal.entries] == ["act_begun", "act_begun", "act_begun", "act_done"]
+    assert (done.progress.unwritten, done.failures) == ("cannot write /journal: No space left on device", ())
+    assert host.world.engines == ()
+
+
 # --- a signal that asks for an end ------------------------------------------------------------------------------------
 
 

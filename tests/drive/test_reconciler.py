@@ -1,16 +1,18 @@
 """What an apply does when an act fails: every act of thirty plans, on a host in memory."""
 
 import random
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from sage_reconcile.core.desired import DesiredState
-from sage_reconcile.core.journal import PlanBegun, PlanEnded, RestoreBegun
+from sage_reconcile.core.journal import ActBegun, PlanBegun, PlanEnded, RestoreBegun
 from sage_reconcile.core.observed import Engine, ObservedState
 from sage_reconcile.core.plan import Plan, PlanOptions, StartEngine, StopEngine
 from sage_reconcile.core.planner import make_plan
-from sage_reconcile.core.progress import Order, Spawned
+from sage_reconcile.core.progress import Order, Prove, Spawn, Spawned
 from sage_reconcile.drive.reconciler import Outcome, apply_plan
 from sage_reconcile.errors import Environment
 from tests.builders import desired, running, the_id, wanted, world
@@ -200,6 +202,159 @@ class FullHost(FakeHost):
 
     def do(self, order: Order) -> Spawned | None:
         raise Environment("cannot write /state")
+
+
+# --- a journal that takes no line -------------------------------------------------------------------------------------
+
+
+@dataclass
+class RecordedHost(FakeHost):
+    """A host that no start reaches but with a line of its own in the journal."""
+
+    journal: MemoryJournal = field(default_factory=MemoryJournal)
+
+    def do(self, order: Order) -> Spawned | None:
+        if isinstance(order, Spawn):
+            assert self.starts < begun_starts(self.journal), f"{order.act.engine} is started unrecorded"
+        return super().do(order)
+
+
+def begun_starts(journal: MemoryJournal) -> int:
+    """How many starts the journal tells to have begun."""
+    acts: tuple[str, ...] = ()
+    begun = 0
+    for entry in journal.entries:
+        if isinstance(entry, PlanBegun | RestoreBegun):
+            acts = entry.acts
+        elif isinstance(entry, ActBegun):
+            begun += acts[entry.act].startswith("start ")
+    return begun
+
+
+def applied_with(want: DesiredState, now: ObservedState, journal: MemoryJournal) -> tuple[Outcome, FakeHost]:
+    host = RecordedHost(world=now, journal=journal)
+    return apply_plan(make_plan(want, now), want, now, host, journal, revision=(), pid=1), host
+
+
+def lines_of(want: DesiredState, now: ObservedState) -> int:
+    """How many lines the journal has of an apply to which nothing happens."""
+    journal = MemoryJournal()
+    applied_with(want, now, journal)
+    return len(journal.entries)
+
+
+def test_whichever_line_is_refused_once_the_apply_is_done_or_the_world_is_as_before() -> None:
+    results: Counter[str] = Counter()
+    for want, now, _ in plans():
+        lines = lines_of(want, now)
+        for number in range(2, lines + 1):
+            outcome, host = applied_with(want, now, MemoryJournal(refuses={number}))
+            assert outcome.unwritten == "cannot write /journal: No space left on device"
+            assert outcome.down == outcome.stopped == ()
+            if outcome.result == "restored":
+                assert ran(host.world) == ran(now)
+            else:
+                assert outcome.result == "converged"
+                assert make_plan(want, host.world).acts == ()
+            results[outcome.result] += 1
+    # The end of the plan, and of the acts that end last, are all that is left to be written once everything is done.
+    assert results["converged"] >= 2 * PLANS
+    assert results["restored"] > 2 * PLANS
+
+
+def test_where_the_journal_takes_no_line_any_more_it_says_which_engines_are_down_and_one_apply_heals_it() -> None:
+    results: Counter[str] = Counter()
+    for want, now, plan in plans():
+        asked_to_stop = {act.engine for act in plan.acts} - {wish.id for wish in want.wanted}
+        for number in range(2, lines_of(want, now) + 1):
+            outcome, host = applied_with(want, now, MemoryJournal(refuses=range(number, 1000)))
+            down = {engine.id for engine in now.engines if engine.leader_alive} - {
+                engine.id for engine in host.world.engines
+            }
+            assert set(outcome.down) | set(outcome.stopped) == (set() if outcome.result == "converged" else down)
+            assert set(outcome.stopped) <= asked_to_stop and not set(outcome.down) & asked_to_stop
+            results[outcome.result] += 1
+
+            again, host = applied_with(want, host.world, MemoryJournal())
+            assert again.result == "converged"
+            assert set(outcome.down) <= {engine.id for engine in host.world.engines}
+    assert results["stuck"] > PLANS and results["restored"] >= PLANS
+
+
+def test_an_apply_whose_first_line_is_refused_does_nothing() -> None:
+    now = world(running("lab/chat", 8001, 100))
+    host = FakeHost(world=now)
+    want = desired(wanted("lab/chat", max_model_len=64))
+    with pytest.raises(Environment):
+        apply_plan(make_plan(want, now), want, now, host, MemoryJournal(refuses={1}), revision=(), pid=1)
+    assert host.orders == []
+
+
+def test_what_cannot_be_written_down_is_not_begun_and_nor_is_what_would_begin_beside_it() -> None:
+    """The lines of a round are written before its first order, so that none is undone again for the other's sake."""
+    now = world(running("lab/a", 8001, 100), running("lab/b", 8002, 101))
+    want = desired(wanted("lab/a", max_model_len=64), wanted("lab/b", max_model_len=64))
+    outcome, host = applied_with(want, now, MemoryJournal(refuses={3}))
+    assert (outcome.result, host.orders) == ("restored", [])
+
+
+def test_where_the_heading_of_what_is_put_back_is_refused_too_nothing_is_put_back() -> None:
+    """Acts are told by their number in the plan of the last heading: without its own they would tell something else."""
+    now = world(running("lab/chat", 8001, 100), running("lab/other", 8002, 101))
+    want = desired(wanted("lab/chat", max_model_len=64), wanted("lab/other"))
+    outcome, host = applied_with(want, now, MemoryJournal(refuses={4, 5}))
+    assert (outcome.result, outcome.down, outcome.stopped) == ("stuck", (the_id("lab/chat"),), ())
+    assert not any(isinstance(order, Spawn) for order in host.orders)
+
+
+def test_halt_leaves_what_was_done_before_the_refused_line_and_says_what_is_down() -> None:
+    now = world(running("lab/chat", 8001, 100), running("lab/old", 8002, 101))
+    want = desired(wanted("lab/chat", max_model_len=64), wanted("lab/new"))
+    journal = MemoryJournal(refuses={6})
+    host = RecordedHost(world=now, journal=journal)
+    plan = make_plan(want, now)
+    outcome = apply_plan(plan, want, now, host, journal, revision=(), pid=1, on_failure="halt")
+    assert (outcome.result, outcome.restore) == ("halted", None)
+    assert [engine.id for engine in host.world.engines] == [the_id("lab/new")]
+    assert (outcome.down, outcome.stopped) == ((the_id("lab/chat"),), (the_id("lab/old"),))
+
+
+def test_a_proof_that_cannot_be_written_down_is_a_failure_that_is_put_back() -> None:
+    now = world(running("lab/chat", 8001, 100))
+    want = desired(wanted("lab/chat", max_model_len=64))
+    refusals = iter(["cannot write /proof"])
+    host = ForgetfulHost(world=now, refusals=refusals)
+    outcome = applied(want, now, host)
+    assert (outcome.result, outcome.unwritten) == ("restored", "cannot write /proof")
+    assert ran(host.world) == ran(now)
+
+
+@dataclass
+class ForgetfulHost(FakeHost):
+    """A machine on which the first looks after a proof, as many as there are refusals, cannot write it down."""
+
+    refusals: Iterator[str] = iter(())
+
+    def look(self) -> ObservedState:
+        seen = super().look()
+        if any(isinstance(order, Prove) for order in self.orders):
+            for why in self.refusals:
+                proved = next(order.leader for order in self.orders if isinstance(order, Prove))
+                self._change(proved, proved=False, state="starting")
+                raise Environment(why)
+        return seen
+
+
+def test_a_second_signal_is_told_although_the_end_cannot_be_written_down() -> None:
+    now = world(running("lab/chat", 8001, 100))
+    want = desired(wanted("lab/chat", max_model_len=512))
+
+    def leave(host: FakeHost) -> int:
+        raise KeyboardInterrupt
+
+    host = FakeHost(world=now, stop=leave)
+    with pytest.raises(KeyboardInterrupt):
+        apply_plan(make_plan(want, now), want, now, host, MemoryJournal(refuses={2}), revision=(), pid=1)
 
 
 # --- not waiting ------------------------------------------------------------------------------------------------------

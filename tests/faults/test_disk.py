@@ -244,6 +244,115 @@ def test_d1_engine_whose_stop_cannot_be_written_down_goes_on_running(place: Plac
     assert place.pids() == pids
 
 
+# An apply that replaces one engine: the lines of the journal after that of the plan, in order.
+STOP_BEGINS, STOP_DONE, START_BEGINS, START_DONE, PLAN_ENDED = range(2, 7)
+
+
+def journal_fails(place: Place, *numbers: int) -> dict[str, str]:
+    return place.failing(*(f"journal.opened@{number}=ENOSPC" for number in numbers))
+
+
+def replacing(place: Place) -> dict[str, int]:
+    """Two engines run, and the manifests ask for another `chat`; the pids of those that run."""
+    place.write(fake("chat", "--tokens", "2"), fake("other"))
+    place.apply()
+    place.write(fake("chat", "--tokens", "3"), fake("other"))
+    return place.pids()
+
+
+def tokens_of(pid: int) -> str:
+    words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8").split("\0")
+    return words[words.index("--tokens") + 1]
+
+
+@pytest.mark.parametrize("number", [STOP_BEGINS, STOP_DONE, START_BEGINS])
+def test_d1_line_that_does_not_fit_once_ends_in_putting_back_what_ran(place: Place, number: int) -> None:
+    pids = replacing(place)
+
+    ran = place.apply(expect=12, **journal_fails(place, number))
+
+    assert "what ran before runs again" in ran.stderr and "journal.jsonl: No space left on device" in ran.stderr
+    assert "hint: " in ran.stderr and " down" not in ran.stderr
+    assert place.pids().keys() == pids.keys() and place.pids()["lab/other"] == pids["lab/other"]
+    assert (place.pids()["lab/chat"] == pids["lab/chat"]) == (number == STOP_BEGINS)
+    assert tokens_of(place.pids()["lab/chat"]) == "2"
+    healed(place)
+
+
+@pytest.mark.parametrize("number", [STOP_DONE, START_BEGINS])
+def test_d1_disk_that_stays_full_between_a_stop_and_a_start_is_told_with_what_is_down(
+    place: Place, number: int
+) -> None:
+    pids = replacing(place)
+
+    ran = place.apply(expect=12, **journal_fails(place, *range(number, 30)))
+
+    assert "not everything could be put back" in ran.stderr and "No space left on device" in ran.stderr
+    assert "down now: lab/chat\n" in ran.stderr and "lab/other" not in ran.stderr
+    assert "hint: " in ran.stderr and "the next sage apply starts what is down" in ran.stderr
+    assert place.pids() == {"lab/other": pids["lab/other"]} and unrecorded(place.state) == ()
+    # Once there is room.
+    planned = json.loads(place.sage("plan", str(place.manifests), "-o", "json", "--detailed-exitcode", expect=2).stdout)
+    assert [(step["action"], step["engine"]) for step in planned["steps"]] == [("start", "lab/chat")]
+    healed(place)
+
+
+@pytest.mark.parametrize("numbers", [(START_DONE,), (PLAN_ENDED,), (START_DONE, PLAN_ENDED)])
+def test_d1_apply_that_is_done_and_cannot_be_written_down_says_that_it_is_done(
+    place: Place, numbers: tuple[int, ...]
+) -> None:
+    replacing(place)
+
+    ran = place.apply(expect=12, **journal_fails(place, *numbers))
+
+    assert "applied, but not all of it could be written down" in ran.stderr and "hint: " in ran.stderr
+    assert tokens_of(place.pids()["lab/chat"]) == "3"
+    pids = place.pids()
+    healed(place)
+    assert place.pids() == pids
+
+
+def test_d1_proof_that_does_not_fit_once_ends_in_putting_back_what_ran(place: Place) -> None:
+    replacing(place)
+
+    ran = place.apply(expect=12, **place.failing("proof.begin=ENOSPC"))
+
+    assert "what ran before runs again" in ran.stderr and ".proof: No space left on device" in ran.stderr
+    assert tokens_of(place.pids()["lab/chat"]) == "2"
+    healed(place)
+
+
+def test_d1_apply_that_is_done_says_so_although_an_old_record_cannot_be_removed(place: Place) -> None:
+    place.write(fake("chat"), fake("old"))
+    place.apply()
+    place.write(fake("chat", "--tokens", "3"))
+
+    ran = place.apply(expect=12, **place.failing("forget.half@2=EIO"))
+
+    assert "applied, but not all of it could be written down" in ran.stderr and "Input/output error" in ran.stderr
+    healed(place)
+
+
+def test_d1_stop_that_was_asked_for_is_told_apart_from_what_the_next_apply_starts(place: Place) -> None:
+    place.write(fake("chat"), fake("old"))
+    place.apply()
+    place.write(fake("chat", "--tokens", "3"))
+
+    # The begins and the ends of both stops fit.
+    ran = place.apply(expect=12, **journal_fails(place, *range(6, 30)))
+
+    assert "down now: lab/chat; stopped, as asked for: lab/old\n" in ran.stderr
+    assert place.pids() == {}
+    healed(place)
+
+
+def healed(place: Place) -> None:
+    """One apply makes it so, and tokens are again what was asked for."""
+    place.apply()
+    assert tokens_of(place.pids()["lab/chat"]) == "3"
+    place.assert_at_rest()
+
+
 # --- D2: read-only ----------------------------------------------------------------------------------------------------
 
 
