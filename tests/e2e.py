@@ -30,6 +30,7 @@ from tests.oracle import (
     gpu_file,
     labelled,
     leaks,
+    listened_ports,
     run_sage,
 )
 
@@ -72,12 +73,16 @@ def fake(name: str, *modes: str, kind: str = "llm", **fields: Any) -> dict[str, 
 
 @dataclass(kw_only=True)
 class Place:
-    """Where one test works. `ports` are those that sage may choose from, `spare` those that it may not."""
+    """Where one test works. `ports` are those that sage may choose from, `spare` those that it may not.
+
+    `run` runs its commands: oracle.run_sage, or the quicker Forks.run.
+    """
 
     root: Path
     project: str
     ports: range
     spare: range
+    run: Callable[..., Ran] = run_sage
     said: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -159,7 +164,7 @@ class Place:
         **more_environment: str,
     ) -> Ran:
         """A command that has to end with this exit code. `before` runs in its process before it becomes sage."""
-        ran = run_sage(self.state, *arguments, directory=directory, more_environment=more_environment, before=before)
+        ran = self.run(self.state, *arguments, directory=directory, more_environment=more_environment, before=before)
         self.said.append(ran.stderr)
         assert ran.code == expect, f"sage {' '.join(arguments)} ended with {ran.code}: {ran.stdout}\n{ran.stderr}"
         return ran
@@ -237,7 +242,7 @@ class Place:
 
     def assert_at_rest(self, *, again: bool = False) -> None:
         """The oracle, after an apply that converged; `again` applies once more."""
-        assert_no_leaks(self.state, self.manifests, self.ports, self.said, again=again)
+        assert_no_leaks(self.state, self.manifests, self.ports, self.said, again=again, run=self.run)
 
     def assert_nothing_left(self) -> None:
         """The oracle, when nothing shall run."""
@@ -247,7 +252,7 @@ class Place:
         """Stop what runs here, as a user would. What is left after that is a failure, and then ended by its pid."""
         trouble = []
         if labelled(self.root):
-            down = run_sage(self.state, "down", "-p", self.project, "-y")
+            down = self.run(self.state, "down", "-p", self.project, "-y")
             self.said.append(down.stderr)
             if down.code != 0:
                 trouble.append(f"sage down ended with {down.code}: {down.stderr}")
@@ -258,7 +263,7 @@ class Place:
 
 
 @contextmanager
-def place_in(root: Path) -> Iterator[Place]:
+def place_in(root: Path, run: Callable[..., Ran] = run_sage) -> Iterator[Place]:
     """A place below a directory; it is left clean, or the test fails."""
     with _block() as first:
         place = Place(
@@ -266,6 +271,7 @@ def place_in(root: Path) -> Iterator[Place]:
             project=f"t{first}-{os.getpid()}",
             ports=range(first, first + _POOLED),
             spare=range(first + _POOLED, first + _BLOCK),
+            run=run,
         )
         yield place
         place.leave()
@@ -321,10 +327,7 @@ def kill(pid: int) -> None:
 
 
 def listens(port: int) -> bool:
-    return any(
-        connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
-        for connection in psutil.net_connections("tcp")
-    )
+    return port in listened_ports()
 
 
 def _let_interrupt() -> None:

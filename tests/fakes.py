@@ -46,6 +46,9 @@ class FakeHost:
     orders: list[Order] = field(default_factory=list)
     doomed: dict[ProcessIdentity, str] = field(default_factory=dict)
     healthy_at: dict[ProcessIdentity, float] = field(default_factory=dict)
+    # The world and the number of orders before the last pause, and for how many looks they have been the same.
+    _seen: tuple[ObservedState, int] | None = None
+    _idle_looks: int = 0
     # The signal that has come so far, asked before each round of orders.
     stop: Callable[["FakeHost"], int] = lambda host: 0
     # Called at every look with the world, so that a test can watch each prefix.
@@ -64,8 +67,9 @@ class FakeHost:
                 self.world, exits=(*self.world.exits, ExitFact(engine=engine.id, leader=leader, code=1))
             )
             del self.doomed[leader]
-        for leader, at in self.healthy_at.items():
-            if at <= self.time and self._alive(leader):
+        for leader in [leader for leader, at in self.healthy_at.items() if at <= self.time]:
+            del self.healthy_at[leader]
+            if self._alive(leader):
                 port = self._engine(leader).resolved.placement.port
                 self._change(leader, health="ok", listens_on=(port,))
         self.on_look(self.world)
@@ -100,8 +104,12 @@ class FakeHost:
         return self.stop(self)
 
     def wait(self, seconds: float) -> None:
-        # Longer pauses than asked for keep thousands of simulated applies quick; nothing depends on their length.
-        self.time += max(seconds, 0.5)
+        # Longer pauses than asked for keep thousands of simulated applies quick: half a second, and when nothing has
+        # happened for ten, which is longer than any grace or drain here, ever longer ones.
+        is_idle = self._seen is not None and self._seen[0] is self.world and self._seen[1] == len(self.orders)
+        self._seen = (self.world, len(self.orders))
+        self._idle_looks = self._idle_looks + 1 if is_idle else 0
+        self.time += max(seconds, min(0.5 * 2 ** max(0, self._idle_looks - 20), 30.0))
 
     def _spawn(self, act: StartEngine) -> Spawned:
         number, self.starts = self.starts, self.starts + 1

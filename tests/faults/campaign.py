@@ -5,7 +5,6 @@ set has an engine that never comes up, so that an apply of it puts back what ran
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from sage_reconcile.world.failpoints import traced
 from tests.e2e import Place, fake, until
@@ -47,7 +46,7 @@ class Campaign:
 
     def run(self, *words: str, **environment: str) -> Ran:
         ran = self.start(*words, **environment).wait()
-        self.said.append(ran.stderr)
+        self.said += (ran.stdout, ran.stderr)
         return ran
 
     @property
@@ -85,11 +84,8 @@ class Campaign:
     def assert_at_rest(self, when: str) -> None:
         place = self.place
         found = (
-            *leaks(place.state, place.manifests, place.ports, self.said, again=False, planned=self._planned),
+            *leaks(place.state, place.manifests, place.ports, self.said, again=False, run=self.forks.run),
             *unrecorded(place.state),
         )
         assert found == (), f"{when}: {found}"
         self.said.clear()
-
-    def _planned(self, state: Path, *words: str) -> Ran:
-        return self.forks.run(state, *words)

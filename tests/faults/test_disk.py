@@ -690,28 +690,31 @@ class Weighed:
     seconds: float
 
 
+# The most that a process had is kept when it becomes another program, and at its start it shares the memory of the one
+# that starts it. A worker of pytest may have had a lot: so a small process starts the command, and tells.
+_SCALES = """
+import os, sys
+_, status, usage = os.wait4(os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, *sys.argv[1:]]), 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status) % 256)
+"""
+
+
 def weigh(place: Place, *words: str) -> Weighed:
     began = time.monotonic()
-    said = place.root / "said"
-    with said.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sage_reconcile", *words],
-            cwd=place.root,
-            env=environment(place.state),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=file,
-        )
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            process.kill()
-            raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    text = said.read_text(encoding="utf-8")
-    place.said.append(text)
+    done = subprocess.run(
+        [sys.executable, "-ISc", _SCALES, "-m", "sage_reconcile", *words],
+        cwd=place.root,
+        env=environment(place.state),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    place.said.append(done.stderr)
     seconds = time.monotonic() - began
-    return Weighed(code=process.returncode, said=text, most_kib=usage.ru_maxrss, seconds=seconds)
+    most_kib = int(done.stdout.splitlines()[-1])
+    return Weighed(code=done.returncode, said=done.stderr, most_kib=most_kib, seconds=seconds)
 
 
 # --- D6: of a newer sage ----------------------------------------------------------------------------------------------

@@ -7,14 +7,14 @@ figures of the last whole run.
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from sage_reconcile.world import failpoints
 from tests.e2e import Place
 from tests.faults.campaign import Campaign
-from tests.forks import forks
+from tests.forks import Forks
 
 CHAOS = os.environ.get("CHAOS") == "1"
 # Each share of a campaign is a test, so that two workers take turns.
@@ -35,12 +35,11 @@ ELSEWHERE = {
 
 
 @pytest.fixture
-def campaign(place: Place) -> Iterator[Campaign]:
-    with forks(place.root) as commands:
-        one = Campaign(place=place, forks=commands)
-        one.swing()
-        assert one.run(*one.apply).code == 0
-        yield one
+def campaign(place: Place, commands: Forks) -> Campaign:
+    one = Campaign(place=place, forks=commands)
+    one.swing()
+    assert one.run(*one.apply).code == 0
+    return one
 
 
 def _swings(campaign: Campaign) -> tuple[str, ...]:

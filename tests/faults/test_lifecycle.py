@@ -275,9 +275,9 @@ def test_failed_apply_that_shall_not_restore_leaves_the_good_ones_running(place:
 # --- failing to stop --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("modes", [["--ignore-term"], ["--swallow-terms", "1"]], ids=["deaf", "swallows the first"])
-def test_engine_that_does_not_hear_sigterm_is_ended_within_its_grace(place: Place, modes: list[str]) -> None:
-    place.write(fake("chat", *modes))
+def test_engine_that_does_not_hear_the_first_sigterm_is_ended_within_its_grace(place: Place) -> None:
+    """test_processes.py p9 has one that hears none."""
+    place.write(fake("chat", "--swallow-terms", "1"))
     place.apply()
     (pid,) = place.pids().values()
 
@@ -305,9 +305,11 @@ def test_stopped_engine_is_told_apart_from_a_ready_one_and_can_be_stopped(place:
     place.assert_nothing_left()
 
 
-@pytest.mark.parametrize("modes", [[], ["--child-setsid"]], ids=["in its session", "in a session of its own"])
-def test_child_that_outlives_its_leader_is_ended_before_the_engine_starts_again(place: Place, modes: list[str]) -> None:
-    place.write(fake("chat", "--fork-child", "--child-ignore-term", *modes))
+def test_child_in_a_session_of_its_own_that_outlives_its_leader_is_ended_before_the_engine_starts_again(
+    place: Place,
+) -> None:
+    """test_processes.py p10 has one in the session of its engine."""
+    place.write(fake("chat", "--fork-child", "--child-ignore-term", "--child-setsid"))
     place.apply()
     (leader,) = place.pids().values()
     child = child_of(place)
@@ -678,25 +680,6 @@ def test_state_that_others_may_write_is_refused(place: Place) -> None:
 # --- two at a time, and ends in the middle ----------------------------------------------------------------------------
 
 
-def test_second_apply_is_refused_at_once_and_the_death_of_the_first_sets_it_free(place: Place) -> None:
-    place.write(fake("slow", "--ready-after", "4"))
-    with place.started("apply", str(place.manifests), "-y") as first:
-        (pid,) = until(place.pids, "the engine is started").values()
-
-        usual = place.sage("validate", str(place.manifests))
-        second = place.apply(expect=8)
-        assert f"pid {first.pid}" in second.stderr
-        # Under a second; on a busy machine, no more than a few times what it takes to read the manifests.
-        assert second.seconds < max(1.0, 3 * usual.seconds)
-        first.kill()
-        first.wait()
-
-    place.apply()
-
-    assert place.pids() == {"lab/slow": pid}
-    place.assert_at_rest()
-
-
 def test_apply_may_wait_for_another(place: Place) -> None:
     place.write(fake("slow", "--ready-after", "1"))
     with place.started("apply", str(place.manifests), "-y") as first:
@@ -708,16 +691,16 @@ def test_apply_may_wait_for_another(place: Place) -> None:
     place.assert_at_rest()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_apply_stops_at_once_and_the_next_goes_on(place: Place, number: int, code: int) -> None:
+def test_terminated_apply_stops_at_once_and_the_next_goes_on(place: Place) -> None:
+    """test_motion.py p2 has the same with Ctrl-C."""
     place.write(fake("quick"), fake("slow", "--ready-after", "2.5"))
     with place.started("apply", str(place.manifests), "-y") as process:
         pids = until(lambda: place.pids() if len(place.pids()) == 2 else {}, "both engines are started")
         asked_at = time.monotonic()
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=10)
 
-        assert process.returncode == code
+        assert process.returncode == 143
         assert time.monotonic() - asked_at < 2
         assert "Traceback" not in stderr
     assert place.pids() == pids

@@ -356,16 +356,23 @@ def test_p20_lock_holds_when_the_state_directory_is_deleted_under_its_holder(pla
 
 
 def test_p20_engine_that_forks_and_forks_does_not_keep_the_lock_of_a_killed_sage(place: Place) -> None:
-    words = fake("chat", "--ready-after", "1")["command"]
+    words = fake("chat", "--ready-after", "2")["command"]
     forks = ["/bin/sh", "-c", '(while sleep 0.01; do :; done) & exec "$@"', "forks", *words]
     place.write(fake("chat", command=forks, update=_QUICK))
     with place.started("apply", str(place.manifests), "-y") as process:
         until(lambda: len(labelled(place.root)) > 2, "the engine forks")
+        pids = place.pids()
+        usual = place.sage("validate", str(place.manifests))
+        second = place.apply(expect=8)
         process.kill()
         process.wait()
 
     place.apply()
 
+    assert f"pid {process.pid}" in second.stderr
+    # Under a second; on a busy machine, no more than a few times what it takes to read the manifests.
+    assert second.seconds < max(1.0, 3 * usual.seconds)
+    assert place.pids() == pids
     place.assert_at_rest()
 
 

@@ -23,6 +23,7 @@ import pytest
 
 from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.identity import ProcessIdentity
+from sage_reconcile.core.journal import ActBegun, ActDone, PlanBegun
 from sage_reconcile.core.plan import StartEngine
 from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.progress import Kill, Spawn
@@ -73,6 +74,10 @@ def test_p9_stop_is_done_only_once_the_whole_group_and_the_port_are_gone(place: 
 
     assert not alive(leader) and not alive(child)
     assert not listens(port)
+    begun, done, _ = place.journal()[-3:]
+    assert isinstance(begun, ActBegun) and isinstance(done, ActDone)
+    # The grace is 0.4 s; the rest is looking.
+    assert done.at - begun.at < 4
     place.assert_nothing_left()
 
 
@@ -89,8 +94,11 @@ def test_p10_worker_that_holds_the_port_of_a_killed_leader_is_ended_before_the_r
     row = place.engines()["lab/chat"]
     place.apply()
 
-    assert (row["state"], row["members"]) == ("failed", [child])
+    assert (row["state"], row["pid"], row["members"]) == ("failed", None, [child])
     assert not alive(child)
+    assert child_of(place) != child
+    begun = [entry for entry in place.journal() if isinstance(entry, PlanBegun)][-1]
+    assert [act.split()[0] for act in begun.acts] == ["stop", "start"]
     assert place.homes() == {"lab/chat": port}
     place.assert_at_rest()
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e import Place, fake
 from tests.faults.campaign import Campaign
-from tests.forks import forks
+from tests.forks import Forks
 from tests.oracle import environment, labelled
 
 CHAOS = os.environ.get("CHAOS") == "1"
@@ -22,47 +22,45 @@ PROJECTS = 10 if CHAOS else 1
 
 
 @pytest.mark.timeout(3600)
-def test_p20_of_eight_applies_at_once_one_works_and_seven_name_it(place: Place) -> None:
-    with forks(place.root) as commands:
-        campaign = Campaign(place=place, forks=commands)
-        # The winner has the lock as long as its engine loads, so that nobody comes too late for the race.
-        place.write(fake("chat", "--ready-after", "0.5"), fake("embed", kind="embedding"))
-        for race in range(RACES):
-            runs = [campaign.start(*campaign.apply) for _ in range(RACERS)]
-            pids = [command.pid for command in runs]
-            ended = [command.wait() for command in runs]
+def test_p20_of_eight_applies_at_once_one_works_and_seven_name_it(place: Place, commands: Forks) -> None:
+    campaign = Campaign(place=place, forks=commands)
+    # The winner has the lock as long as its engine loads, so that nobody comes too late for the race.
+    place.write(fake("chat", "--ready-after", "0.5"), fake("embed", kind="embedding"))
+    for race in range(RACES):
+        runs = [campaign.start(*campaign.apply) for _ in range(RACERS)]
+        pids = [command.pid for command in runs]
+        ended = [command.wait() for command in runs]
 
-            codes = sorted(ran.code for ran in ended)
-            assert codes == [0] + [8] * (RACERS - 1), f"race {race}: {codes}: {[ran.stderr for ran in ended]}"
-            winner = pids[next(number for number, ran in enumerate(ended) if ran.code == 0)]
-            losers = [ran for ran in ended if ran.code == 8]
-            assert all(f"pid {winner} " in ran.stderr for ran in losers), f"race {race}: {losers}"
-            # Under a second each; here eight of them share what cores there are.
-            told = [command.told_after_seconds() for command, ran in zip(runs, ended, strict=True) if ran.code == 8]
-            assert max(told) < 1.0, f"race {race}: {told}"
-            leaders = {process.engine: process.leader for process in labelled(place.root)}
-            assert len(labelled(place.root)) == len(leaders) == 2, f"race {race}: {leaders}"
-            assert campaign.run(*campaign.down).code == 0
+        codes = sorted(ran.code for ran in ended)
+        assert codes == [0] + [8] * (RACERS - 1), f"race {race}: {codes}: {[ran.stderr for ran in ended]}"
+        winner = pids[next(number for number, ran in enumerate(ended) if ran.code == 0)]
+        losers = [ran for ran in ended if ran.code == 8]
+        assert all(f"pid {winner} " in ran.stderr for ran in losers), f"race {race}: {losers}"
+        # Under a second each; here eight of them share what cores there are.
+        told = [command.told_after_seconds() for command, ran in zip(runs, ended, strict=True) if ran.code == 8]
+        assert max(told) < 1.0, f"race {race}: {told}"
+        leaders = {process.engine: process.leader for process in labelled(place.root)}
+        assert len(labelled(place.root)) == len(leaders) == 2, f"race {race}: {leaders}"
+        assert campaign.run(*campaign.down).code == 0
     place.assert_nothing_left()
 
 
 @pytest.mark.timeout(3600)
-def test_p20_applies_of_two_projects_and_a_loop_like_watch_take_turns(place: Place) -> None:
+def test_p20_applies_of_two_projects_and_a_loop_like_watch_take_turns(place: Place, commands: Forks) -> None:
     other = place.root / "other" / "manifests"
     other.mkdir(parents=True)
     pool = f"{place.ports[4]}-{place.ports[7]}"
     (other / "sage.yaml").write_text(f'{{"project": "{place.project}-b", "ports": {{"llm": "{pool}"}}}}')
     place.write(fake("chat"))
     place.write(fake("chat"), directory=other)
-    with forks(place.root) as commands:
-        campaign = Campaign(place=place, forks=commands)
-        for turn in range(PROJECTS * 3):
-            words = [("apply", str(directory), "-y", "--lock-timeout", "30s") for directory in (place.manifests, other)]
-            codes = [command.wait().code for command in [campaign.start(*each) for each in words * 2]]
+    campaign = Campaign(place=place, forks=commands)
+    for turn in range(PROJECTS * 3):
+        words = [("apply", str(directory), "-y", "--lock-timeout", "30s") for directory in (place.manifests, other)]
+        codes = [command.wait().code for command in [campaign.start(*each) for each in words * 2]]
 
-            assert codes == [0] * 4, f"turn {turn}"
-            assert len(labelled(place.root)) == 2, f"turn {turn}"
-        assert campaign.run("down", "-p", f"{place.project}-b", "-y").code == 0
+        assert codes == [0] * 4, f"turn {turn}"
+        assert len(labelled(place.root)) == 2, f"turn {turn}"
+    assert campaign.run("down", "-p", f"{place.project}-b", "-y").code == 0
     place.assert_at_rest(again=True)
 
 
