@@ -24,6 +24,10 @@ _SOURCE = Path(__file__).with_name("fakenvml.c")
 _NAME = "libnvidia-ml.so.1"  # what pynvml loads
 _BUILT = Path(__file__).resolve().parents[2] / "build" / "fakenvml"
 
+# Whose the GPUs are that are given no UUID. An engine counts on the GPU that its label names, whoever started it: were
+# they called alike in two runs of tests, each would find the other's engines on its own. (2026-11-25: it did.)
+_MAKER = os.getpid()
+
 
 def library(directory: Path | None = None) -> Path:
     """The directory that holds libnvidia-ml.so.1: this one; the library is built into it if it is not there.
@@ -253,13 +257,13 @@ Entry = Gpu | Mig | Process | Used | Link | Xid | Fault | Delay | Hang | Process
 
 
 def gpu_uuid(index: int) -> str:
-    """The UUID of a Gpu that was given none."""
-    return f"GPU-{index:08x}-0000-4000-8000-{index:012x}"
+    """The UUID of a Gpu that was given none: this process's own."""
+    return f"GPU-{index:08x}-0000-4000-8000-{_MAKER:06x}{index:06x}"
 
 
 def mig_uuid(gpu: int | str, index: int) -> str:
     """The UUID of a Mig that was given none. Those of a GPU that is named by its own UUID are like those of GPU 0."""
-    return f"MIG-{gpu if isinstance(gpu, int) else 0:08x}-0000-5000-8000-{index:012x}"
+    return f"MIG-{gpu if isinstance(gpu, int) else 0:08x}-0000-5000-8000-{_MAKER:06x}{index:06x}"
 
 
 def write_state(

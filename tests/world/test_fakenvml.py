@@ -463,10 +463,11 @@ def test_what_a_process_has_counts_when_it_allocates_more(state: Path, sleeper: 
         (" 1 , 0", [1, 2]),
         ("1,3,0", [1]),
         ("0x1", []),
-        (gpu_uuid(0), [0]),
+        # UUIDs differ from worker to worker, and what a test is called must not.
+        pytest.param(gpu_uuid(0), [0], id="uuid"),
         ("GPU-00000001", [1]),
         ("GPU-0000000", []),
-        (f"{gpu_uuid(0)},GPU-none,{gpu_uuid(1)}", [0]),
+        pytest.param(f"{gpu_uuid(0)},GPU-none,{gpu_uuid(1)}", [0], id="uuids"),
     ],
 )
 def test_cuda_shows_the_gpus_that_are_named_up_to_the_first_that_is_not_there(
