@@ -1,0 +1,273 @@
+"""GPUs: what is full, lost or not told. The real command line over real processes, NVML as tests/fakenvml has it."""
+
+import json
+import re
+import signal
+from typing import Any
+
+import pytest
+
+from tests.e2e import Place, fake, kill
+from tests.fakenvml import Gpu, gpu_uuid
+from tests.oracle import environ
+
+# GPU 0 of the bug report: of its 81559 MiB another program uses so many, and engines were put there all the same.
+FOREIGN_MIB = 58169
+TWO = (Gpu(index=0), Gpu(index=1))
+FOUR = tuple(Gpu(index=index) for index in range(4))
+
+
+def sees(place: Place) -> dict[str, str]:
+    """The GPUs that each engine's process is let see: from its environment, not from sage."""
+    variables = {engine: environ(pid) for engine, pid in place.pids().items()}
+    orders = {one.get("CUDA_DEVICE_ORDER") for one in variables.values()}
+    assert orders <= {"PCI_BUS_ID"}, orders
+    return {engine: one["CUDA_VISIBLE_DEVICES"] for engine, one in variables.items()}
+
+
+def blocked(plan: dict[str, Any]) -> dict[str, str]:
+    """The reason why each blocked engine is."""
+    return {entry["engine"]: entry["reason"] for entry in plan["blocked"]}
+
+
+# --- G1: a full GPU is never taken, whatever starts the engine --------------------------------------------------------
+
+
+def test_g1_apply_and_a_restart_after_a_crash_and_an_edit_take_the_gpu_with_room(place: Place) -> None:
+    place.gpus(*TWO)
+    place.write(place.gpu_fake("chat", mib=50_000, gpu_memory=0.7))
+    with place.foreign_on(0, FOREIGN_MIB):
+        place.apply()
+        assert sees(place) == {"lab/chat": gpu_uuid(1)}
+        assert place.held_mib() == {"lab/chat": {gpu_uuid(1): 50_000}}
+
+        kill(place.pids()["lab/chat"])
+        place.apply()
+        assert sees(place) == {"lab/chat": gpu_uuid(1)}
+
+        place.write(place.gpu_fake("chat", "--tokens", "3", mib=50_000, gpu_memory=0.7))
+        place.apply()
+        assert sees(place) == {"lab/chat": gpu_uuid(1)}
+        assert place.used_mib(0) == FOREIGN_MIB
+        place.assert_at_rest(again=True)
+
+
+def test_g1_rollback_puts_an_engine_back_on_its_own_gpu(place: Place) -> None:
+    """The replacement fits GPU 0 alone, which is free by then, and what it replaces would fit there too."""
+    place.gpus(*TWO)
+    place.write(place.gpu_fake("chat", mib=50_000, gpu_memory=0.7))
+    with place.foreign_on(1, 15_000):
+        with place.foreign_on(0, FOREIGN_MIB):
+            place.apply()
+        before = place.pids()
+        place.write(place.gpu_fake("chat", "--exit-code", "3", mib=50_000, gpu_memory=0.9))
+        (step,) = place.plan()["steps"]
+        assert (step["action"], step["device_indexes"]) == ("recreate", [0])
+
+        place.apply(expect=5)
+
+        assert place.pids() != before
+        assert sees(place) == {"lab/chat": gpu_uuid(1)}
+        assert place.held_mib() == {"lab/chat": {gpu_uuid(1): 50_000}}
+
+
+def test_g1_up_takes_the_gpu_with_room(place: Place) -> None:
+    place.gpus(*TWO)
+    place.write(place.gpu_fake("chat", mib=50_000, gpu_memory=0.7))
+    with place.foreign_on(0, FOREIGN_MIB), place.started("up", str(place.manifests), "-y") as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("serving"):
+                break
+
+        assert sees(place) == {"lab/chat": gpu_uuid(1)}
+
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+    place.assert_nothing_left()
+
+
+# --- use_gpu: who sees what -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of_sage", [{}, {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}])
+def test_use_gpu_decides_what_a_process_sees_whatever_sage_sees(place: Place, of_sage: dict[str, str]) -> None:
+    """The six rows of kind and use_gpu. None sees more than it was given, and none gets what sage's own shell has."""
+    place.gpus(*FOUR)
+    silent = place.gpu_fake("llm", mib=50_000)
+    del silent["use_gpu"]
+    place.write(
+        silent,
+        place.gpu_fake("llm-true", mib=50_000, use_gpu=True),
+        fake("llm-false", use_gpu=False),
+        fake("embed", kind="embedding", use_gpu=None),
+        place.gpu_fake("embed-true", mib=50_000, kind="embedding", use_gpu=True),
+        fake("embed-false", kind="embedding", use_gpu=False),
+    )
+
+    place.apply(**of_sage)
+
+    seen = sees(place)
+    given = {engine: seen.pop(f"lab/{engine}") for engine in ("llm", "llm-true", "embed-true")}
+    assert seen == {"lab/llm-false": "", "lab/embed": "", "lab/embed-false": ""}
+    assert len(set(given.values())) == 3 and set(given.values()) < {gpu_uuid(index) for index in range(4)}
+    assert place.held_mib() == {
+        **dict.fromkeys(seen, {}),
+        **{f"lab/{engine}": {uuid: 50_000} for engine, uuid in given.items()},
+    }
+    place.assert_at_rest()
+
+
+def test_use_gpu_in_quotes_is_refused_where_it_stands(place: Place) -> None:
+    """The seeds took "false" for true, as Python does with any text."""
+    place.gpus(*TWO)
+    path = place.manifests / "lab.yaml"
+    path.write_text('version: 1\nname: lab\nengines:\n  - name: chat\n    model: m\n    use_gpu: "false"\n')
+
+    ran = place.apply(expect=3)
+
+    assert f"{path}:6:5: " in ran.stderr and "write false without quotes" in ran.stderr
+    assert place.pids() == {}
+
+
+# --- two that fit alone and not together ------------------------------------------------------------------------------
+
+
+def test_two_engines_of_one_plan_are_separated_and_refused_where_there_is_no_second_gpu(place: Place) -> None:
+    place.gpus(*TWO)
+    place.write(place.gpu_fake("a", mib=50_000), place.gpu_fake("b", mib=50_000))
+    with place.foreign_on(1, FOREIGN_MIB):
+        assert list(blocked(place.plan(expect=4)).values()) == ["memory"]
+        place.apply(expect=4)
+        assert place.pids() == {}
+
+    place.apply()
+
+    assert sorted(sees(place).values()) == [gpu_uuid(0), gpu_uuid(1)]
+    assert sorted(map(list, map(dict.values, place.held_mib().values()))) == [[50_000], [50_000]]
+    place.assert_at_rest()
+
+
+def test_engine_that_has_not_taken_its_memory_yet_counts_for_all_of_it(place: Place) -> None:
+    """Nothing of the first one's memory is used when the second is planned; it was told that it may use it."""
+    place.gpus(*TWO)
+    slow = place.gpu_fake("a", "--memory-after", "600", mib=50_000)
+    place.write(slow)
+    place.apply("--no-wait")
+    (first,) = sees(place).values()
+    other = gpu_uuid(1) if first == gpu_uuid(0) else gpu_uuid(0)
+    place.write(slow, place.gpu_fake("b", mib=50_000))
+    with place.foreign_on(other, FOREIGN_MIB):
+        place.apply("--no-wait", expect=4)
+        assert sees(place) == {"lab/a": first}
+
+    place.apply("--no-wait")
+
+    assert sees(place) == {"lab/a": first, "lab/b": other}
+    assert place.used_mib(first) == 0
+
+
+def test_engines_of_another_project_count(place: Place) -> None:
+    place.gpus(*TWO)
+    place.write(place.gpu_fake("chat", mib=50_000))
+    other = place.root / "other" / "manifests"
+    other.mkdir(parents=True)
+    settings = {"project": f"{place.project}-b", "ports": {"llm": f"{place.spare[0]}-{place.spare[3]}"}}
+    (other / "sage.yaml").write_text(json.dumps(settings))
+    place.write(place.gpu_fake("theirs", mib=50_000), stack="far", directory=other)
+    place.apply()
+    try:
+        (mine,) = sees(place).values()
+        left = gpu_uuid(1) if mine == gpu_uuid(0) else gpu_uuid(0)
+        with place.foreign_on(left, FOREIGN_MIB):
+            ran = place.sage("apply", str(other), "-y", expect=4)
+            assert f"held by {place.project}:lab/chat (48.8)" in ran.stdout
+
+        place.sage("apply", str(other), "-y")
+
+        assert sees(place) == {"lab/chat": mine, "far/theirs": left}
+    finally:
+        place.sage("down", "-p", f"{place.project}-b", "-y")
+
+
+def test_engine_that_is_split_in_four_sees_four_gpus(place: Place) -> None:
+    place.gpus(*FOUR)
+    big = place.gpu_fake("big", mib=50_000, tensor_parallel=2, pipeline_parallel=2)
+    place.write(big)
+    with place.foreign_on(2, FOREIGN_MIB):
+        (refused,) = place.plan(expect=4)["blocked"]
+        assert (refused["reason"], refused["why"]) == ("memory", "needs 4 GPUs x 48.8 GiB, 3 fit")
+
+    place.apply()
+
+    assert sees(place) == {"lab/big": ",".join(gpu.uuid for gpu in FOUR)}
+    assert place.held_mib() == {"lab/big": {gpu.uuid: 50_000 for gpu in FOUR}}
+    place.assert_at_rest()
+
+
+# --- G2: no room ------------------------------------------------------------------------------------------------------
+
+
+def test_g2_replacement_that_fits_nowhere_is_refused_with_numbers_and_what_is_said_to_help_helps(place: Place) -> None:
+    place.gpus(*TWO)
+    place.write(place.gpu_fake("chat", mib=20_000, devices=[0]), place.gpu_fake("other", mib=30_000, devices=[1]))
+    place.apply()
+    pids = place.pids()
+    other = place.gpu_fake("other", mib=30_000, devices=[1])
+
+    def wish(mib: int, *others: dict[str, Any]) -> None:
+        # It may go anywhere now.
+        place.write(place.gpu_fake("chat", mib=mib), *others)
+
+    with place.foreign_on(0, 15_000) as foreign:
+        wish(70_000, other)
+
+        ran = place.apply(expect=4)
+        (refused,) = place.plan(expect=4)["blocked"]
+
+        assert place.pids() == pids
+        assert "(what runs is kept)" in ran.stdout
+        assert f"gpu0  free 64.4 of 79.6 GiB  short 3.9  held by foreign pid {foreign.pid} sleep (14.6)" in ran.stdout
+        assert "gpu1  free 49.8 of 79.6 GiB  short 18.6  held by lab/other (29.3)" in ran.stdout
+        mib = 1024**2
+        assert [
+            (device["index"], device["free_bytes"] // mib, device["short_bytes"] // mib)
+            for device in refused["devices"]
+        ] == [
+            (0, 81_559 - 600 - 15_000, 70_000 - 65_959),
+            (1, 81_559 - 600 - 30_000, 70_000 - 50_959),
+        ]
+        cures = refused["would_help"]
+        assert cures[1:] == [f"without foreign pid {foreign.pid} (sleep)", "without lab/other"]
+        smaller = re.fullmatch(r"gpu_memory <= (.+)GiB", cures[0])
+        assert smaller is not None
+        wish(int(float(smaller[1]) * 1024), other)
+        (step,) = place.plan()["steps"]
+        assert (step["action"], step["device_indexes"]) == ("recreate", [0])
+        wish(70_000)
+        assert {
+            step["engine"]: step["device_indexes"] for step in place.plan()["steps"] if step["action"] != "stop"
+        } == {"lab/chat": [1]}
+        wish(70_000, other)
+
+    place.apply()
+
+    assert sees(place) == {"lab/chat": gpu_uuid(0), "lab/other": gpu_uuid(1)}
+    assert place.pids()["lab/other"] == pids["lab/other"]
+    place.assert_at_rest()
+
+
+def test_g2_pin_that_cannot_be_kept_is_refused_and_goes_elsewhere_without_it(place: Place) -> None:
+    place.gpus(*TWO)
+    with place.foreign_on(0, FOREIGN_MIB):
+        place.write(place.gpu_fake("chat", mib=50_000, devices=[0]))
+        (refused,) = place.plan(expect=4)["blocked"]
+        assert "other devices than those it is pinned to" in refused["would_help"]
+        place.write(place.gpu_fake("chat", mib=50_000, devices=[7]))
+        assert blocked(place.plan(expect=4)) == {"lab/chat": "device_pin"}
+        place.write(place.gpu_fake("chat", mib=50_000))
+
+        (step,) = place.plan()["steps"]
+
+        assert step["device_indexes"] == [1]
