@@ -133,6 +133,9 @@ def _change(
         return replace(recreate, cause=f"{listed(identity)} changed", changes=changes)
     if wanted.pin is not None and wanted.pin.resolved != current.resolved:
         return replace(recreate, reason="restored", cause="it ran with another command or in another place before")
+    # What is put back is put back as it was: it ran there before, too.
+    if current.lost_devices and wanted.pin is None:
+        return replace(recreate, reason="device_lost", cause=current.reason, changes=changes)
     why = _update_cause(wanted, current, desired, changes, options)
     if why is None:
         return None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.label import parse_label
-from sage_reconcile.core.needs import Claim, Need
+from sage_reconcile.core.needs import Claim, Need, device_count
 from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, held_bytes
 from sage_reconcile.core.packing import Item, Packing, Slot, pack
 from sage_reconcile.core.refusal import Refusal, Shortfall
@@ -244,7 +244,7 @@ def out_of_the_question(wanted: Wanted, observed: ObservedState) -> Refusal | No
     missing = [name for name in names or () if not _numbers(observed.devices, (name,))]
     if missing and wanted.pin is not None:
         return Refusal(reason="device_pin", why=f"it ran on {', '.join(map(str, missing))}, which is not seen any more")
-    if missing:
+    if missing and len(names or ()) - len(missing) < device_count(wanted.spec):
         there = ", ".join(f"{device.index} ({device.uuid})" for device in observed.devices)
         return Refusal(
             reason="device_pin",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.e2e import Place, fake, kill
-from tests.fakenvml import Gpu, gpu_uuid
+from tests.fakenvml import Fault, Gpu, gpu_uuid
 from tests.oracle import environ
 
 # GPU 0 of the bug report: of its 81559 MiB another program uses so many, and engines were put there all the same.
@@ -271,3 +271,79 @@ def test_g2_pin_that_cannot_be_kept_is_refused_and_goes_elsewhere_without_it(pla
         (step,) = place.plan()["steps"]
 
         assert step["device_indexes"] == [1]
+
+
+# --- G4: one GPU is lost ----------------------------------------------------------------------------------------------
+
+
+def test_g4_engine_on_a_lost_gpu_is_told_and_goes_to_another_and_the_others_stay(place: Place) -> None:
+    place.gpus(*FOUR)
+    # One of four is what it asks for, so three will do.
+    engines = [place.gpu_fake(name, mib=50_000, devices=[0, 1, 2, 3]) for name in ("a", "b", "c")]
+    place.write(*engines)
+    place.apply()
+    pids, homes = place.pids(), sees(place)
+    lost = homes["lab/b"]
+    (spare,) = {gpu.uuid for gpu in FOUR} - set(homes.values())
+    index = next(gpu.index for gpu in FOUR if gpu.uuid == lost)
+
+    place.gpus(*FOUR, Fault(gpu=index, code="NVML_ERROR_GPU_IS_LOST"))
+
+    rows = {row["id"]: row for row in place.status("--exit-code", expect=2)["engines"]}
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "lab/a": "ready",
+        "lab/b": "unready",
+        "lab/c": "ready",
+    }
+    assert f"lost gpu{index}" in rows["lab/b"]["reason"]
+    (step,) = place.plan()["steps"]
+    assert (step["action"], step["engine"], step["reason"], step["devices"]) == (
+        "recreate",
+        "lab/b",
+        "device_lost",
+        [spare],
+    )
+    place.apply()
+    assert sees(place) == homes | {"lab/b": spare}
+    assert {name: pid for name, pid in place.pids().items() if name != "lab/b"} == {
+        "lab/a": pids["lab/a"],
+        "lab/c": pids["lab/c"],
+    }
+    place.assert_at_rest()
+
+
+def test_g4_engine_on_a_lost_gpu_is_kept_where_no_other_has_room(place: Place) -> None:
+    place.gpus(*TWO)
+    place.write(place.gpu_fake("a", mib=50_000), place.gpu_fake("b", mib=50_000))
+    place.apply()
+    pids, homes = place.pids(), sees(place)
+    index = next(gpu.index for gpu in TWO if gpu.uuid == homes["lab/a"])
+
+    place.gpus(*TWO, Fault(gpu=index, code="NVML_ERROR_GPU_IS_LOST"))
+    place.write(place.gpu_fake("a", mib=50_000), place.gpu_fake("b", mib=50_000), fake("cpu"))
+
+    assert blocked(place.plan(expect=4)) == {"lab/a": "memory"}
+    place.apply("--on-failure", "continue", expect=4)
+    now = place.pids()
+    assert now.pop("lab/cpu") and now == pids
+
+
+def test_g4_gpu_that_cannot_be_seen_is_not_lost(place: Place) -> None:
+    """Unknown is not gone: nothing new goes there, and what runs there is left alone."""
+    place.gpus(*TWO)
+    chat = place.gpu_fake("chat", mib=30_000)
+    place.write(chat)
+    place.apply()
+    pids, (home,) = place.pids(), sees(place).values()
+    index = next(gpu.index for gpu in TWO if gpu.uuid == home)
+
+    place.gpus(*TWO, Fault(gpu=index, code="NVML_ERROR_UNKNOWN"))
+
+    assert place.engines()["lab/chat"]["state"] == "ready"
+    place.assert_at_rest()
+    place.write(chat, place.gpu_fake("new", mib=10_000))
+    plan = place.plan()
+    assert [(step["engine"], step["device_indexes"]) for step in plan["steps"]] == [("lab/new", [1 - index])]
+    assert any(f"gpu{index} cannot be seen" in note for note in plan["notes"])
+    place.apply()
+    assert place.pids()["lab/chat"] == pids["lab/chat"]
