@@ -232,8 +232,8 @@ class LocalHost:
             if sockets.is_listened_on(act.resolved.placement.port):
                 return Spawned(leader=None, why=f"port {act.resolved.placement.port} was taken while it was started")
             trouble = self._device_trouble(act)
-            if trouble:
-                return Spawned(leader=None, why=trouble)
+            if trouble is not None:
+                return trouble
             gated.release()
             released = True
         except processes.CannotSpawn as error:
@@ -252,18 +252,22 @@ class LocalHost:
                 Records(self.root).forget(record.engine, record.leader)
         return Spawned(leader=gated.identity)
 
-    def _device_trouble(self, act: StartEngine) -> str:
-        """Why the devices are not as they were planned, at the last moment before the program runs; else empty.
+    def _device_trouble(self, act: StartEngine) -> Spawned | None:
+        """What comes of a start whose devices are not as planned, right before the program runs; None when they are.
 
-        Others may have taken memory since the last look.
+        Others may have taken memory since the last look, or the driver may have gone.
         """
         if not act.resolved.placement.devices:
-            return ""
+            return None
         assert self._facts is not None and self._observed is not None
-        devices, _ = self._gpus.look()
+        devices, gaps = self._gpus.look()
         alive = {fact.identity.pid: fact for fact in self._facts.processes if fact.alive}
         now = ledger(replace(self._facts, devices=devices), self._observed.engines, alive)
-        return trouble_on(act, now, self._observed.engines)
+        why = trouble_on(act, now, self._observed.engines)
+        unseen = not set(act.resolved.placement.devices) <= {device.uuid for device in now}
+        if unseen and gaps:
+            why += f": {gaps[0].why}"
+        return Spawned(leader=None, why=why, unseen=unseen) if why else None
 
     def _write_down(
         self, act: StartEngine, leader: ProcessIdentity, label: tuple[tuple[str, str], ...], log: Path

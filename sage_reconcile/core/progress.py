@@ -89,6 +89,8 @@ class Spawned:
     # None when nothing was started.
     leader: ProcessIdentity | None
     why: str = ""
+    # Whether that is because its devices cannot be seen.
+    unseen: bool = False
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------
@@ -184,7 +186,7 @@ def spawned(progress: Progress, index: int, result: Spawned) -> Progress:
     """The progress after a Spawn was carried out."""
     entry = progress.entries[index]
     if result.leader is None:
-        return failed(progress, index, result.why)
+        return _with(progress, index, replace(entry, phase="failed", why=result.why, unseen=result.unseen))
     return _with(progress, index, replace(entry, leader=result.leader))
 
 
@@ -302,7 +304,8 @@ def _freeing(
     if now - entry.since < STUCK_AFTER_SECONDS:
         return replace(entry, waits_for=missing), ()
     mark = Mark(engine=act.engine, leader=act.leader, phase="stuck")
-    return replace(entry, phase="failed", why=f"stuck: it ended, and {missing}"), (mark,)
+    unseen = not {uuid for uuid, _ in entry.orphaned} <= {device.uuid for device in observed.devices}
+    return replace(entry, phase="failed", why=f"stuck: it ended, and {missing}", unseen=unseen), (mark,)
 
 
 def _engine(observed: ObservedState, leader: ProcessIdentity) -> Engine | None:

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from sage_reconcile.core.facts import RouterFact
-from sage_reconcile.core.observed import ObservedState
+from sage_reconcile.core.observed import Device, ObservedState
 from sage_reconcile.core.plan import Plan
 from sage_reconcile.core.planner import make_plan
-from sage_reconcile.core.progress import Kill, Mark, Prove, Spawn, Terminate
+from sage_reconcile.core.progress import Kill, Mark, Prove, Spawn, Terminate, advance, begin
 from sage_reconcile.drive.executor import execute
 from tests.builders import desired, leaderless, running, wanted, world
 from tests.fakes import FakeHost, MemoryJournal
@@ -69,6 +69,23 @@ def test_a_stop_waits_until_every_router_has_let_go_and_carries_nothing() -> Non
     phases = [order.phase for order in host.orders if isinstance(order, Mark)]
     assert phases == ["draining", "stopping"]
     assert 3.0 <= host.time < 5.0
+
+
+def test_a_stop_whose_gpu_is_not_seen_any_more_fails_because_of_that() -> None:
+    gpu = Device(node="box", index=0, uuid="GPU-a", name="H100", total_bytes=80 * 1024**3)
+    engine = running("lab/chat", 8001, 100)
+    place = replace(engine.resolved.placement, devices=("GPU-a",), device_indexes=(0,))
+    now = replace(world(replace(engine, resolved=replace(engine.resolved, placement=place))), devices=(gpu,))
+    plan = make_plan(desired(), now)
+    progress, _ = advance(plan, begin(plan), now, 0.0)
+    ended = replace(now, engines=(), listeners=(), devices=())
+    progress, _ = advance(plan, progress, ended, 1.0)
+    assert progress.entries[0].phase == "freeing"
+
+    progress, _ = advance(plan, progress, ended, 100.0)
+
+    (entry,) = progress.entries
+    assert (entry.phase, entry.unseen) == ("failed", True)
 
 
 def test_draining_ends_with_its_limit() -> None:

@@ -1,20 +1,24 @@
 """GPUs: what is full, lost or not told. The real command line over real processes, NVML as tests/fakenvml has it."""
 
 import json
+import os
 import re
 import signal
 from typing import Any
 
 import pytest
 
-from tests.e2e import Place, fake, kill
+from tests.e2e import Place, fake, kill, until
 from tests.fakenvml import Fault, Gpu, gpu_uuid
-from tests.oracle import environ
+from tests.oracle import environ, stat_fields
 
 # GPU 0 of the bug report: of its 81559 MiB another program uses so many, and engines were put there all the same.
 FOREIGN_MIB = 58169
 TWO = (Gpu(index=0), Gpu(index=1))
 FOUR = tuple(Gpu(index=index) for index in range(4))
+
+# NVML as it is when its kernel module has gone.
+NO_NVML = Fault(code="NVML_ERROR_DRIVER_NOT_LOADED")
 
 
 def sees(place: Place) -> dict[str, str]:
@@ -271,6 +275,58 @@ def test_g2_pin_that_cannot_be_kept_is_refused_and_goes_elsewhere_without_it(pla
         (step,) = place.plan()["steps"]
 
         assert step["device_indexes"] == [1]
+
+
+# --- G3: NVML goes while a plan is carried out ------------------------------------------------------------------------
+
+
+def test_g3_nvml_lost_while_a_start_waits_for_its_gpu_ends_the_plan_and_keeps_what_ran(place: Place) -> None:
+    """Both go on GPU 0, one after the other: the driver goes while the first loads."""
+    place.gpus(*TWO)
+    keep = place.gpu_fake("keep", mib=30_000, devices=[1])
+    place.write(keep)
+    place.apply()
+    pids = place.pids()
+    slow = place.gpu_fake("a", "--ready-after", "1.5", mib=20_000, devices=[0])
+    place.write(keep, slow, place.gpu_fake("b", mib=20_000, devices=[0]))
+    with place.started("apply", str(place.manifests), "-y") as process:
+        until(lambda: "lab/a" in place.pids(), "the first one runs")
+        place.gpus(*TWO, NO_NVML)
+
+        _, said = process.communicate(timeout=60)
+
+    assert process.returncode == 11, said
+    assert "out of sight" in said and "Driver Not Loaded" in said
+    assert place.pids() == pids
+    assert [row["state"] for row in place.engines().values()] == ["ready"]
+    place.gpus(*TWO)
+    place.apply()
+    assert sees(place) == {"lab/a": gpu_uuid(0), "lab/b": gpu_uuid(0), "lab/keep": gpu_uuid(1)}
+    assert place.pids()["lab/keep"] == pids["lab/keep"]
+    place.assert_at_rest()
+
+
+def test_g3_nvml_lost_between_the_gate_and_the_program_starts_nothing_unseen(place: Place) -> None:
+    """The last look at the devices, right before the program runs, finds none."""
+    place.gpus(*TWO)
+    keep = place.gpu_fake("keep", mib=30_000, devices=[1])
+    place.write(keep, place.gpu_fake("chat", mib=20_000, devices=[0]))
+    place.apply()
+    pids = place.pids()
+    place.write(keep, place.gpu_fake("chat", mib=25_000, devices=[0]))
+    with place.started("apply", str(place.manifests), "-y", **place.failing("gate.recorded=stop")) as process:
+        until(lambda: stat_fields(process.pid)[:1] == ["T"], "it has stopped at the gate")
+        place.gpus(*TWO, NO_NVML)
+        os.kill(process.pid, signal.SIGCONT)
+
+        _, said = process.communicate(timeout=60)
+
+    assert process.returncode == 11, said
+    assert place.pids() == {"lab/keep": pids["lab/keep"]}
+    place.gpus(*TWO)
+    place.apply()
+    assert sees(place) == {"lab/chat": gpu_uuid(0), "lab/keep": gpu_uuid(1)}
+    place.assert_at_rest()
 
 
 # --- G4: one GPU is lost ----------------------------------------------------------------------------------------------
