@@ -14,7 +14,7 @@ from sage_reconcile.core.foreign import foreign, program_name
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.label import GATE, Label, parse_label
 from sage_reconcile.core.ledger import gaps as device_gaps
-from sage_reconcile.core.ledger import ledger, lost, measured, misplaced
+from sage_reconcile.core.ledger import judged, ledger, lost, measured, misplaced
 from sage_reconcile.core.observed import Engine, Listener, ObservedState, model_of
 from sage_reconcile.core.spec import IDENTITY_FIELDS, canonical_json
 
@@ -54,7 +54,12 @@ def assemble(facts: Facts) -> ObservedState:
         exits=tuple(sorted(facts.exits, key=lambda exit_fact: exit_fact.leader)),
         applied=tuple(sorted(facts.applied, key=lambda applied: applied.engine)),
         footprints=tuple(sorted(facts.footprints, key=lambda fact: (fact.key, fact.device_name, fact.version))),
-        gaps=tuple(sorted(facts.gaps + device_gaps(facts.devices), key=lambda gap: (gap.what, gap.subject, gap.why))),
+        gaps=tuple(
+            sorted(
+                facts.gaps + device_gaps(judged(facts, engines, by_pid).devices),
+                key=lambda gap: (gap.what, gap.subject, gap.why),
+            )
+        ),
     )
 
 

@@ -27,6 +27,9 @@ def device_notes(
             notes += _of_a_start(engine, place, specs.get(engine), observed)
     for running in found.unchanged:
         notes += _of_a_running_one(running, observed)
+    used = {uuid for place in places.values() for uuid in place.devices}
+    used |= {uuid for running in found.unchanged for uuid in running.resolved.placement.devices}
+    notes += [gap.why for gap in observed.gaps if gap.what == "device memory" and gap.subject in used]
     notes += [f"{gap.why}: nothing is placed there" for gap in observed.gaps if gap.what in ("device", "lost device")]
     return tuple(notes)
 

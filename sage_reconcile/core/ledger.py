@@ -4,7 +4,7 @@ There is no ledger on disk: it is derived anew at every look, so nothing in it c
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sage_reconcile.core.facts import DeviceFact, Facts, Gap, ProcessFact, RecordFact
 from sage_reconcile.core.foreign import program_name
@@ -54,10 +54,12 @@ def lost(placement: Placement, gaps: Iterable[Gap]) -> tuple[str, ...]:
 
 def ledger(facts: Facts, engines: Iterable[Engine], processes: Mapping[int, ProcessFact]) -> tuple[Device, ...]:
     """The devices, in the order of their indexes. `processes` are the live ones, by pid."""
+    engines = tuple(engines)
+    facts = judged(facts, engines, processes)
     islands = _islands(facts.devices)
     view = _View(
         facts=facts,
-        engines=tuple(engines),
+        engines=engines,
         processes=processes,
         dead=_dead(facts, engines, processes),
     )
@@ -65,6 +67,33 @@ def ledger(facts: Facts, engines: Iterable[Engine], processes: Mapping[int, Proc
         _device(fact, view, islands[fact.uuid])
         for fact in sorted(facts.devices, key=lambda fact: (fact.index, fact.uuid))
     )
+
+
+def judged(facts: Facts, engines: Iterable[Engine], processes: Mapping[int, ProcessFact]) -> Facts:
+    """The facts, with the driver's lists of processes disbelieved where an engine of ours is missing from them.
+
+    In a container's pid namespace a driver lists no process, or the pids of another namespace, and says that this is
+    all: then an engine that is ready seems to use nothing, and memory is used by nobody that is seen here, nor by the
+    dead. To take all of that for foreign would count our engines twice.
+    """
+    engines = tuple(engines)
+    dead = _dead(facts, engines, processes)
+    return replace(facts, devices=tuple(_judged(fact, engines, processes, dead) for fact in facts.devices))
+
+
+def _judged(
+    fact: DeviceFact, engines: tuple[Engine, ...], processes: Mapping[int, ProcessFact], dead: tuple["_Dead", ...]
+) -> DeviceFact:
+    unlisted = any(
+        engine.state == "ready" and fact.uuid in engine.resolved.placement.devices
+        for engine in engines
+        if not dict(engine.measured_bytes).get(fact.uuid)
+    )
+    seen = sum(process.used_bytes for process in fact.processes if process.pid in processes)
+    of_the_dead = sum(one.placement.counted_bytes_per_device for one in dead if fact.uuid in one.placement.devices)
+    if unlisted and fact.used_bytes - seen - of_the_dead > DRIVER_SLACK_BYTES:
+        return replace(fact, processes_known=False)
+    return fact
 
 
 def gaps(facts: Iterable[DeviceFact]) -> tuple[Gap, ...]:

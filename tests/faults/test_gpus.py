@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests import fakenvml
 from tests.e2e import Place, fake, kill, until
-from tests.fakenvml import Fault, Gpu, gpu_uuid
+from tests.fakenvml import Fault, Gpu, HiddenPids, ProcessMemoryUnavailable, gpu_uuid
 from tests.oracle import environ, stat_fields
 
 # GPU 0 of the bug report: of its 81559 MiB another program uses so many, and engines were put there all the same.
@@ -403,3 +404,30 @@ def test_g4_gpu_that_cannot_be_seen_is_not_lost(place: Place) -> None:
     assert any(f"gpu{index} cannot be seen" in note for note in plan["notes"])
     place.apply()
     assert place.pids()["lab/chat"] == pids["lab/chat"]
+
+
+# --- G5: whose the memory is, is not told -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("veil", [ProcessMemoryUnavailable(gpu=0), HiddenPids(gpu=0)], ids=["no figures", "no pids"])
+def test_g5_what_is_not_told_by_process_counts_as_a_whole(place: Place, veil: fakenvml.Entry) -> None:
+    """As in containers: 30,000 MiB are ours, 20,000 somebody's, and the driver tells of 50,000 only."""
+    place.gpus(Gpu(index=0), veil)
+    first, second = place.gpu_fake("first", mib=30_000), place.gpu_fake("second", mib=25_000)
+    place.write(first)
+    with place.foreign_on(0, 20_000):
+        place.apply()
+        assert place.engines()["lab/first"]["state"] == "ready"
+        assert "cannot see: device memory: " in place.sage("gpu").stdout
+
+        # 30,959 MiB are free: not all that no process is known to hold is foreign, and not nothing.
+        place.write(first, second)
+        place.apply()
+
+        assert place.used_mib(0) == 75_000
+        place.assert_at_rest()
+        place.write(first, second, place.gpu_fake("third", mib=10_000))
+        plan = place.plan(expect=4)
+        assert list(blocked(plan)) == ["lab/third"]
+        assert any("gpu0" in note and "which process uses what" in note for note in plan["notes"])
+        place.write(first, second)
