@@ -84,7 +84,8 @@ def plan(
     """What `apply` would do now. Touches nothing. Raises Refused for another source, NewerState."""
     desired, host = load(paths, project), local_host()
     refuse_newer_state(host.root)
-    return _planned(desired, host, ApplyOptions(prune=prune, take_over=take_over, allow_moves=allow_moves))
+    options = ApplyOptions(prune=prune, take_over=take_over, allow_moves=allow_moves, dry_run=True)
+    return _planned(desired, host, options)
 
 
 def apply(
@@ -132,6 +133,7 @@ def _planned(desired: DesiredState, host: LocalHost, options: ApplyOptions) -> P
         ready_seconds=options.ready_seconds,
         waits=options.waits,
         allow_moves=options.allow_moves,
+        only_shown=options.dry_run,
     )
     return Planned(plan=sound_plan(desired, observed, plan_options), desired=desired, observed=observed)
 

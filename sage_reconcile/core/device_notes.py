@@ -30,6 +30,8 @@ def device_notes(
     used = {uuid for place in places.values() for uuid in place.devices}
     used |= {uuid for running in found.unchanged for uuid in running.resolved.placement.devices}
     notes += [gap.why for gap in observed.gaps if gap.what == "device memory" and gap.subject in used]
+    if any(place.devices for place in places.values()) and any(device.made_up for device in observed.devices):
+        notes.append("the GPUs are made up (SAGE_GPU_MOCK_COUNT): this plan can be looked at, and not applied")
     notes += [f"{gap.why}: nothing is placed there" for gap in observed.gaps if gap.what in ("device", "lost device")]
     return tuple(notes)
 

@@ -229,7 +229,7 @@ def _why_not(candidate: Candidate, device: Device) -> str:
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def out_of_the_question(wanted: Wanted, observed: ObservedState) -> Refusal | None:
+def out_of_the_question(wanted: Wanted, observed: ObservedState, *, made_up_will_do: bool) -> Refusal | None:
     """Why no search could find devices for it; None when one might."""
     gap = next((gap for gap in observed.gaps if gap.what == "devices"), None)
     if gap is not None:
@@ -239,6 +239,12 @@ def out_of_the_question(wanted: Wanted, observed: ObservedState) -> Refusal | No
             reason="no_device",
             why=f"it needs a GPU, and none is observed on {observed.node}",
             would_help=("use_gpu: false",),
+        )
+    if not made_up_will_do and any(device.made_up for device in observed.devices):
+        return Refusal(
+            reason="no_device",
+            why="it needs a GPU, and SAGE_GPU_MOCK_COUNT makes up those of this machine: nothing can run on them",
+            would_help=("no SAGE_GPU_MOCK_COUNT", "use_gpu: false"),
         )
     names = wanted.pin.resolved.placement.devices if wanted.pin is not None else wanted.spec.devices
     missing = [name for name in names or () if not _numbers(observed.devices, (name,))]

@@ -72,6 +72,11 @@ class Device:
     parent: str = ""
 
     @property
+    def made_up(self) -> bool:
+        """Whether there is no such device: world/gpus makes some up for plans that are only looked at."""
+        return self.uuid.startswith("MOCK-")
+
+    @property
     def unavailable_bytes(self) -> int:
         """Memory that no engine of ours can have."""
         return min(self.reserved_bytes + self.foreign_bytes, self.total_bytes)

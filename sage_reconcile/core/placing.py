@@ -37,7 +37,7 @@ def placed(
 ) -> Placed:
     """A placement for each start, or a refusal for each that has none."""
     # (1)
-    ports, refusals = _ports_for(changes, found, desired, observed)
+    ports, refusals = _ports_for(changes, found, desired, observed, options)
     if refusals:
         return Placed(places={}, refusals=tuple(refusals))
     # (2)
@@ -164,7 +164,7 @@ def _move(candidate: Candidate, seats: Mapping[EngineId, Seat]) -> Change:
 
 
 def _ports_for(
-    changes: list[Change], found: Comparison, desired: DesiredState, observed: ObservedState
+    changes: list[Change], found: Comparison, desired: DesiredState, observed: ObservedState, options: PlanOptions
 ) -> tuple[dict[EngineId, int], list[Blocked]]:
     """A port for each start that lacks nothing, and a refusal for each of the others."""
     stopping = {engine.leader for change in changes for engine in change.stops}
@@ -192,7 +192,7 @@ def _ports_for(
         predecessor = change.stops[-1] if change.stops else None
         port = port_of(wanted, desired, observed, predecessor, taken)
         if isinstance(port, int) and _wants_devices(wanted):
-            port = out_of_the_question(wanted, observed) or port
+            port = out_of_the_question(wanted, observed, made_up_will_do=options.only_shown) or port
         if isinstance(port, int):
             port = _missing_part(wanted, observed, homeless) or port
         if isinstance(port, Refusal):

@@ -169,6 +169,8 @@ class PlanOptions:
     waits: bool = True
     # Whether running engines may be started again elsewhere to make room.
     allow_moves: bool = False
+    # Whether it is only looked at and never carried out: then devices that are made up will do.
+    only_shown: bool = False
 
 
 def after(act: Act, observed: ObservedState) -> ObservedState:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,6 +172,20 @@ def test_engine_that_has_not_taken_its_memory_yet_counts_for_all_of_it(place: Pl
 
     assert sees(place) == {"lab/a": first, "lab/b": other}
     assert place.used_mib(first) == 0
+
+
+def test_engine_that_takes_more_than_it_was_given_counts_for_what_it_takes(place: Place) -> None:
+    place.gpus(Gpu(index=0))
+    greedy = place.gpu_fake("greedy", mib=50_000, gpu_memory="20000MiB")
+    place.write(greedy)
+    place.apply()
+    place.write(greedy, place.gpu_fake("chat", mib=40_000))
+
+    ran = place.apply(expect=4)
+
+    assert "held by lab/greedy (48.8)" in ran.stdout
+    assert "note: lab/greedy uses 48.8 GiB of gpu0, and was given 19.5" in ran.stdout
+    assert place.pids().keys() == {"lab/greedy"}
 
 
 def test_engines_of_another_project_count(place: Place) -> None:
@@ -431,3 +446,60 @@ def test_g5_what_is_not_told_by_process_counts_as_a_whole(place: Place, veil: fa
         assert list(blocked(plan)) == ["lab/third"]
         assert any("gpu0" in note and "which process uses what" in note for note in plan["notes"])
         place.write(first, second)
+
+
+# --- G6: no NVML ------------------------------------------------------------------------------------------------------
+
+
+def test_g6_without_nvml_gpu_engines_are_refused_and_others_are_managed(place: Place, tmp_path: Path) -> None:
+    """However NVML is missing: the GPU engine that runs goes on, none starts, and engines on the CPU come and go."""
+    place.gpus(*TWO)
+    chat = place.gpu_fake("chat", mib=30_000)
+    place.write(chat)
+    place.apply()
+    pids = place.pids()
+    nowhere = tmp_path / "nowhere"
+    nowhere.mkdir()
+    ways: list[tuple[str, dict[str, str], int]] = [
+        ("NVML_ERROR_LIB_RM_VERSION_MISMATCH", {}, 11),
+        ("NVML_ERROR_NO_PERMISSION", {}, 11),
+        ("", fakenvml.no_driver(nowhere), 4),
+        ("", {"SAGE_DISABLE_NVML": "1"}, 4),
+        ("", {"SAGE_DISABLE_NVML": "1", "SAGE_GPU_MOCK_COUNT": "2"}, 4),
+    ]
+    for number, (code, variables, expected) in enumerate(ways):
+        place.gpus(*TWO, *([Fault(call="nvmlInit", code=code)] if code else []))
+        cpu = fake(f"cpu{number}", kind="embedding")
+        place.write(chat, cpu, place.gpu_fake("more", mib=10_000))
+
+        ran = place.apply("--on-failure", "continue", expect=expected, **variables)
+
+        assert "lab/more" in ran.stdout
+        assert place.pids().keys() == {"lab/chat", f"lab/cpu{number}"}
+        if "SAGE_GPU_MOCK_COUNT" in variables:
+            plan = place.sage("plan", str(place.manifests), **variables).stdout
+            assert "Mock GPU 1" in plan and "this plan can be looked at, and not applied" in plan
+        # All that is wanted now runs, or needs no GPU: nothing is in the way.
+        place.write(chat)
+        place.apply(**variables)
+        assert place.pids() == pids
+    place.gpus(*TWO)
+    place.assert_at_rest()
+
+
+def test_g6_running_gpu_engine_is_kept_when_its_edit_comes_while_nvml_is_gone(place: Place) -> None:
+    place.gpus(*TWO)
+    place.write(place.gpu_fake("chat", mib=30_000))
+    place.apply()
+    pids = place.pids()
+    place.gpus(*TWO, NO_NVML)
+    place.write(place.gpu_fake("chat", mib=31_000))
+
+    assert blocked(place.plan(expect=11)) == {"lab/chat": "not_observed"}
+    place.apply(expect=11)
+    assert place.pids() == pids
+    # To stop it, no GPU has to be seen.
+    place.sage("down", str(place.manifests), "-y")
+    assert place.pids() == {}
+    place.gpus(*TWO)
+    place.assert_nothing_left()
