@@ -31,6 +31,8 @@ neither counted nor recorded, and a request is counted as finished a moment afte
 --reuse-port           sets SO_REUSEPORT on the listener
 --workers N            N processes in one session listen with SO_REUSEPORT each; N - 1 are children, which outlive it
 --log-bytes N          writes N bytes of log at the start
+--say LINE             says that at the start, too; may be repeated
+--told WORD            takes what it is told of its memory, and does nothing with it
 --log-flood N          writes N bytes of log once it listens, about 50 MB a second, and then "end of the flood"
 --close-output         lets go of stdout and stderr after the first lines
 --first-thread-ends    on SIGUSR1 its first thread ends, the others go on; nothing hears SIGTERM any more
@@ -126,6 +128,8 @@ def _arguments() -> argparse.Namespace:
     flag("--child-holds-port", action="store_true")
     flag("--workers", type=int, default=1)
     flag("--record")
+    flag("--say", action="append", default=[])
+    flag("--told")
     flag("--fake-nvml", type=Path)
     for name in ("gpu-memory", "memory-grows-to"):
         flag(f"--{name}", type=int)
@@ -209,6 +213,8 @@ class _State:
 
 def _log_start(args: argparse.Namespace) -> None:
     _say(f"fake engine for {args.model}, pid {os.getpid()}")
+    for line in args.say:
+        _say(line)
     if args.log_bytes:
         _say("x" * (args.log_bytes - 1))
     if args.close_output:

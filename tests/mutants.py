@@ -104,6 +104,20 @@ MUTANTS = (
         caught_by=("tests/test_house.py",),
     ),
     Mutant(
+        bug="what was told comes back as need",
+        file="sage_reconcile/core/needs.py",
+        old="    needs_what_it_takes = not told or (",
+        new="    needs_what_it_takes = True or (",
+        caught_by=("tests/core/test_measuring.py",),
+    ),
+    Mutant(
+        bug="of two measurements the last counts",
+        file="sage_reconcile/core/measuring.py",
+        old="        peak_bytes=max(earlier.peak_bytes, later.peak_bytes),",
+        new="        peak_bytes=later.peak_bytes,",
+        caught_by=("tests/core/test_measuring.py",),
+    ),
+    Mutant(
         bug="restore_target forgets one engine",
         file="sage_reconcile/core/planner.py",
         old="    return replace(desired, wanted=tuple(wanted), prune_stacks",

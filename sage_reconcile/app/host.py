@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
+from sage_reconcile.app.measured import Measured
 from sage_reconcile.core.facts import Facts, Gap, HealthFact, KnownEngine, ModelFact, RecordFact
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.label import LEADER, leader_text, variables
@@ -18,8 +19,9 @@ from sage_reconcile.core.ledger import ledger
 from sage_reconcile.core.observed import Engine, ObservedState, spec_of
 from sage_reconcile.core.plan import StartEngine
 from sage_reconcile.core.progress import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
+from sage_reconcile.core.runtimes import is_served, program_of
 from sage_reconcile.core.settling import trouble_on
-from sage_reconcile.core.spec import EngineSpec
+from sage_reconcile.core.spec import EngineSpec, parse_written
 from sage_reconcile.drive.observer import observe
 from sage_reconcile.errors import Environment
 from sage_reconcile.world import processes, sockets
@@ -29,7 +31,7 @@ from sage_reconcile.world.journal_file import AppliedRevisions
 from sage_reconcile.world.logs import cut_long_log, log_path, new_log
 from sage_reconcile.world.models import model_fact
 from sage_reconcile.world.probes import Prober, Question
-from sage_reconcile.world.programs import programs
+from sage_reconcile.world.programs import Versions, programs
 from sage_reconcile.world.records import Records
 from sage_reconcile.world.router_files import read_routers
 
@@ -74,9 +76,12 @@ class LocalHost:
     node: str = field(default_factory=processes.node_name)
     _prober: Prober = field(default_factory=Prober)
     _gpus: Gpus = field(default_factory=Gpus)
+    _versions: Versions = field(default_factory=Versions)
     _children: processes.Children = field(default_factory=processes.Children)
     _holds: dict[ProcessIdentity, processes.Gated] = field(default_factory=dict)
 
+    # What engines were seen to take of their devices.
+    measured: Measured = field(init=False)
     _applied: AppliedRevisions = field(init=False)
     # What was found of each model. Its files are read once: a look comes ten times a second.
     _models: dict[ModelQuestion, ModelFact] = field(default_factory=dict)
@@ -92,6 +97,7 @@ class LocalHost:
 
     def __post_init__(self) -> None:
         self._applied = AppliedRevisions(self.root)
+        self.measured = Measured(root=self.root)
 
     # --- looking ---
 
@@ -99,6 +105,7 @@ class LocalHost:
         observed = self._observed = observe(self)
         self._take_proofs(observed)
         self._let_go_of_ports(observed)
+        self.measured.take(observed)
         self._known = {engine.leader: self._remembered(engine) for engine in observed.engines}
         if self.cuts_logs:
             for engine in observed.engines:
@@ -134,7 +141,8 @@ class LocalHost:
         found = processes.without_the_dead(found)
         # After the processes were listed: one that is not among them has ended, and its end is known.
         exits = self._children.reap()
-        records, newer_records = Records(self.root).look()
+        records, newer = Records(self.root).look()
+        newer += (*self._applied.newer(), *self.measured.files.newer())
         self._facts = Facts(
             taken_at=time.time(),
             node=self.node,
@@ -148,14 +156,15 @@ class LocalHost:
             lowest_port=sockets.lowest_port(),
             client_ports=sockets.client_ports(),
             busy_ports=sockets.busy_ports(self.lookup.ports),
-            programs=programs(self.lookup.programs),
+            programs=programs(self.lookup.programs, self._versions),
             models=tuple(self._model(question) for question in self.lookup.models),
             records=records,
             known=tuple(self._known.values()),
             routers=read_routers(self.root),
             exits=exits,
             applied=self._applied.read(),
-            gaps=(*process_gaps, *socket_gaps, *device_gaps, *map(_newer, (*newer_records, *self._applied.newer()))),
+            footprints=self.measured.files.read(),
+            gaps=(*process_gaps, *socket_gaps, *device_gaps, *map(_newer, newer)),
         )
         return self._facts
 
@@ -285,9 +294,18 @@ class LocalHost:
                 started_at=time.time(),
                 restarts=_restarts(earlier),
                 log=str(log),
+                program_version=self._version_of(act),
             )
         )
         return earlier
+
+    def _version_of(self, act: StartEngine) -> str | None:
+        """The version of its program, if this sage was asked to look for that."""
+        spec = parse_written(act.written)
+        programs = self._facts.programs if self._facts is not None else ()
+        if spec is None or not is_served(spec):
+            return None
+        return next((program.version for program in programs if program.name == program_of(spec)), None)
 
     def _prove(self, order: Prove) -> None:
         """Ask, but an engine that answers wrongly is asked less and less often: a request costs it work."""

@@ -13,6 +13,7 @@ from sage_reconcile.core.runtimes import program_of
 from sage_reconcile.core.spec import is_path, needs_gpu
 from sage_reconcile.errors import InvalidManifests, Refused, Usage
 from sage_reconcile.world import manifests
+from sage_reconcile.world.footprint_files import FootprintFiles
 from sage_reconcile.world.journal_file import AppliedRevisions
 from sage_reconcile.world.records import Records, newer_state
 from sage_reconcile.world.state import home, state_root, trusted_root
@@ -73,7 +74,7 @@ def local_host(desired: DesiredState | None = None, environment: Mapping[str, st
 
 def refuse_newer_state(root: Path) -> None:
     """Raises NewerState: nothing is done without what a newer sage wrote down, and nothing is written over it."""
-    found = (*Records(root).newer(), *AppliedRevisions(root).newer())
+    found = (*Records(root).newer(), *AppliedRevisions(root).newer(), *FootprintFiles(root).newer())
     if found:
         raise newer_state(found[0])
 

@@ -21,6 +21,7 @@ from sage_reconcile.core.plan import Plan, PlanOptions
 from sage_reconcile.drive.executor import Beat
 from sage_reconcile.drive.reconciler import Outcome, apply_plan, sound_plan
 from sage_reconcile.errors import Environment, InvalidManifests, Refused, Usage
+from sage_reconcile.world.footprint_files import FootprintFiles
 from sage_reconcile.world.journal_file import JournalFile
 from sage_reconcile.world.lock import lock_paths, locked
 from sage_reconcile.world.records import Records
@@ -109,11 +110,12 @@ def apply(
         return _planned(desired, host, options)
     with locked(lock_paths(os.environ), purpose=f"apply {desired.source}", wait_seconds=options.lock_seconds):
         refuse_newer_state(host.root)
+        host.measured.keeps = True
         _make_room(host.root, desired.project, watcher)
         planned = _planned(desired, host, options)
         if planned.plan.blocked and options.on_failure != "continue":
             return planned
-        return _carried_out(
+        outcome = _carried_out(
             planned,
             host,
             watcher,
@@ -121,6 +123,8 @@ def apply(
             on_failure=options.on_failure,
             ready_seconds=options.ready_seconds,
         )
+        _keep_measured(host, desired.project, watcher)
+        return outcome
 
 
 def _planned(desired: DesiredState, host: LocalHost, options: ApplyOptions) -> Planned:
@@ -144,8 +148,15 @@ def _make_room(root: Path, project: str, watcher: Watcher) -> None:
     Raises Environment and NewerState.
     """
     check_writable(root, project)
-    for told in (*Records(root).mend(project), *JournalFile(root, project).mend()):
+    for told in (*Records(root).mend(project), *JournalFile(root, project).mend(), *FootprintFiles(root).mend(project)):
         watcher.note(told)
+
+
+def _keep_measured(host: LocalHost, project: str, watcher: Watcher) -> None:
+    """What its engines were seen to take before, while and after it was done."""
+    trouble = host.measured.keep(project)
+    if trouble:
+        watcher.note(trouble)
 
 
 def down(
@@ -165,6 +176,7 @@ def down(
     host = host or local_host()
     with locked(lock_paths(os.environ), purpose="down"):
         refuse_newer_state(host.root)
+        host.measured.keeps = True
         observed = host.look()
         asked = _asked(observed, paths, ids, project, everything=everything)
         targets = {engine.id for engine in observed.engines if asked(engine.id, engine.source)}
@@ -178,6 +190,7 @@ def down(
             applied = {fact.engine: fact.written for fact in observed.applied if fact.engine.project == name}
             left = tuple(sorted((engine, text) for engine, text in applied.items() if engine not in targets | gone))
             outcomes.append(_carried_out(planned, host, watcher, revision=left, on_failure="halt"))
+            _keep_measured(host, name, watcher)
         return tuple(outcomes)
 
 

@@ -7,13 +7,16 @@ from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.footprint import footprint
 from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.ledger import DRIVER_SLACK_BYTES
-from sage_reconcile.core.needs import shape_of, why_no_shape
-from sage_reconcile.core.observed import Engine, ObservedState
+from sage_reconcile.core.needs import need_of, shape_of, why_no_shape
+from sage_reconcile.core.observed import Device, Engine, ObservedState, spec_of
 from sage_reconcile.core.resolved import Placement
-from sage_reconcile.core.runtimes import runtime_of
+from sage_reconcile.core.runtimes import is_served, runtime_of
 from sage_reconcile.core.spec import EngineSpec
 
 _GIB = 1024**3
+
+# A better figure is news where it differs by more than this from what an engine was given.
+_NEWS_SHARE = 0.10
 
 
 def device_notes(
@@ -72,6 +75,20 @@ def _of_a_running_one(engine: Engine, observed: ObservedState) -> Iterator[str]:
             yield f"{engine.id} uses {_gib(uses)} GiB of gpu{device.index}, and was given {_gib(given)}"
         if not uses and engine.state == "ready" and device.orphaned_bytes <= DRIVER_SLACK_BYTES:
             yield f"{engine.id} holds no memory of gpu{device.index}: nothing proves that it runs there"
+        yield from _of_a_better_figure(engine, device, observed)
+
+
+def _of_a_better_figure(engine: Engine, device: Device, observed: ObservedState) -> Iterator[str]:
+    """What runs keeps what it was given; what was measured since counts at its next start."""
+    spec, given = spec_of(engine), engine.resolved.placement.counted_bytes_per_device
+    if spec is None or not is_served(spec):
+        return
+    claim = need_of(spec, observed).on(device.uuid)
+    if claim.source == "measured" and abs(claim.counted_bytes - given) > _NEWS_SHARE * given:
+        yield (
+            f"{engine.id} was given {_gib(given)} GiB of gpu{device.index}; a start would now be given "
+            f"{_gib(claim.counted_bytes)}, measured"
+        )
 
 
 def _gib(size: int) -> str:

@@ -142,6 +142,8 @@ class RecordFact:
     started_at: float = 0.0
     restarts: int = 0
     log: str = ""
+    # ProgramFact.version of its program when it was started; None when nobody wrote that down.
+    program_version: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,13 +177,22 @@ class AppliedFact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FootprintFact:
-    """The most memory that a ready engine was seen to use on one device."""
+    """What ready engines were seen to take of the device of which they took most: the most over all looks and runs."""
 
     # core.needs.footprint_key of what was written, the device's name, and the program's version.
     key: str
     device_name: str
     version: str
     peak_bytes: int
+    # The most that was used beyond what was told; None where nothing was told.
+    beyond_bytes: int | None = None
+    # The most of what was told that was not left for the KV cache, by the engine's own log; 0 where that does not say.
+    non_kv_bytes: int = 0
+    # What the log of that run said; 0 where it did not.
+    weights_bytes: int = 0
+    kv_cache_bytes: int = 0
+    graphs_bytes: int = 0
+    kv_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ the model's own files, and at last what its name suggests.
 import hashlib
 from dataclasses import dataclass
 
+from sage_reconcile.core.facts import FootprintFact
 from sage_reconcile.core.footprint import Footprint, by_name, context_bytes, footprint
 from sage_reconcile.core.observed import Device, ObservedState
 from sage_reconcile.core.quantities import bytes_of
@@ -16,6 +17,10 @@ from sage_reconcile.core.spec import IDENTITY_FIELDS, EngineSpec, canonical_json
 
 # A fraction is told with so many digits: 0.01% of 80 GiB is 8 MiB.
 _FRACTION_DIGITS = 4
+
+# What an engine takes without its cache differs a little from start to start, and one that lacks a block of its cache
+# for the longest text does not start (vLLM). What was told too much goes into the cache, so it does not add up.
+_LOGGED_SLACK_BYTES = 128 * 1024**2
 
 # Where it runs says nothing about how much it needs.
 _NOT_OF_THE_NEED = frozenset({"port", "devices"})
@@ -91,43 +96,58 @@ def footprint_key(spec: EngineSpec) -> str:
     return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:16]
 
 
-def measured_bytes(spec: EngineSpec, device_name: str, observed: ObservedState) -> int | None:
-    """The most that the engine was seen to use on a device of that name with today's program; None: it never was."""
+def measured(spec: EngineSpec, device_name: str, observed: ObservedState) -> FootprintFact | None:
+    """What such an engine was seen to take of a device of that name with today's program; None: it never was seen."""
     program = program_of(spec)
     version = next((fact.version for fact in observed.programs if fact.name == program), "")
     key = footprint_key(spec)
-    peaks = [
-        fact.peak_bytes
+    # Projects keep their measurements apart, so there may be several.
+    facts = [
+        fact
         for fact in observed.footprints
         if (fact.key, fact.device_name, fact.version) == (key, device_name, version)
     ]
-    return max(peaks, default=None)
+    return max(facts, key=lambda fact: (fact.peak_bytes, fact.non_kv_bytes), default=None)
 
 
 def _claim(spec: EngineSpec, device: Device, observed: ObservedState, known: Footprint | None, told: bool) -> Claim:
-    """1. What it should be told, or expected to use. 2. What it was measured to use, where that says more.
+    """1. What it was measured to take. 2. What it should be told, or expected to use. 3. What it takes beyond.
 
-    An engine that fills what it is told is measured by what it takes beyond: were the whole taken for its need, it
-    would be told more each time.
+    An engine that fills what it is told is measured by what it needs without its cache, and by what it takes beyond:
+    were the whole taken for its need, it would be told more each time.
     """
-    # (1)
     runtime = runtime_of(spec)
-    fraction: float | None = None
-    if isinstance(spec.gpu_memory, float):
-        fraction, memory, source = spec.gpu_memory, int(spec.gpu_memory * device.total_bytes), "declared"
-    elif spec.gpu_memory != "auto":
-        memory, source = bytes_of(spec.gpu_memory), "declared"
-    elif known is not None:
-        memory, source = known.budget_bytes if runtime.budgeted else known.total_bytes, "computed"
-    else:
-        memory, source = by_name(spec.model, spec.tensor_parallel, spec.pipeline_parallel), "name"
+    seen = measured(spec, device.name, observed)
     context = context_bytes(device_count(spec)) if runtime.budgeted else 0
+    # (1)
+    needs_what_it_takes = not told or (spec.gpu_memory == "auto" and not runtime.fills)
+    if seen is not None and needs_what_it_takes:
+        return _share(seen.peak_bytes, 0, device, "measured")
     # (2)
-    peak = measured_bytes(spec, device.name, observed)
-    if peak is not None and told:
-        context = max(peak - memory, 0)
-    elif peak is not None:
-        memory, fraction, source = peak, None, "measured"
+    memory, source = _asked_for(spec, device, known, seen)
+    # (3)
+    if seen is not None:
+        context = max(seen.peak_bytes - memory, 0) if seen.beyond_bytes is None else seen.beyond_bytes
+    return _share(memory, context, device, source, spec.gpu_memory if isinstance(spec.gpu_memory, float) else None)
+
+
+def _asked_for(
+    spec: EngineSpec, device: Device, known: Footprint | None, seen: FootprintFact | None
+) -> tuple[int, str]:
+    """The memory that an engine should be told, or is expected to use, and from what that is known."""
+    if isinstance(spec.gpu_memory, float):
+        return int(spec.gpu_memory * device.total_bytes), "declared"
+    if spec.gpu_memory != "auto":
+        return bytes_of(spec.gpu_memory), "declared"
+    if known is None:
+        return by_name(spec.model, spec.tensor_parallel, spec.pipeline_parallel), "name"
+    if seen is not None and seen.non_kv_bytes:
+        return seen.non_kv_bytes + known.bytes_of("kv_cache") + _LOGGED_SLACK_BYTES, "measured"
+    return known.budget_bytes if runtime_of(spec).budgeted else known.total_bytes, "computed"
+
+
+def _share(memory: int, context: int, device: Device, source: str, fraction: float | None = None) -> Claim:
+    """A claim; without a fraction, the one that the memory is."""
     if fraction is None:
         fraction = _rounded_down(memory / device.total_bytes)
     return Claim(memory_bytes=memory, context_bytes=context, fraction=fraction, source=source)

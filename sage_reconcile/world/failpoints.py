@@ -16,7 +16,7 @@ WISHES, TRACE, SWITCH = "SAGE_FAILPOINTS", "SAGE_FAILPOINT_TRACE", "SAGE_TEST"
 
 # The moments of a file that is put in place whole, and the files that are.
 _MOMENTS = ("begin", "written", "synced", "renamed", "done")
-_WHOLE_FILES = ("record", "proof", "router", "mended")
+_WHOLE_FILES = ("record", "proof", "router", "mended", "footprints")
 
 NAMES = (
     "lock.opened", "lock.taken", "lock.named",

@@ -20,6 +20,9 @@ LONGEST_LOG_BYTES = 32 * 1024 * 1024
 _OLDER_BYTES = 16 * 1024 * 1024
 _COPY_BYTES = 1024 * 1024
 
+# What an engine says while it starts.
+_HEAD_BYTES = 1024 * 1024
+
 # Enough for the last lines of a traceback, and never more than a terminal wants.
 _TAIL_BYTES = 64 * 1024
 
@@ -111,6 +114,16 @@ def _keep_rest(log: BinaryIO, older: Path) -> None:
         except OSError:
             older.unlink(missing_ok=True)
             raise
+
+
+def first_lines(path: Path) -> tuple[str, ...]:
+    """The first lines of a log, as they were written; none without a file."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(_HEAD_BYTES)
+    except OSError:
+        return ()
+    return tuple(text.decode("utf-8", errors="replace").replace("\r", "\n").split("\n"))
 
 
 def tail(path: Path, lines: int) -> tuple[str, ...]:

@@ -89,6 +89,7 @@ def check_writable(root: Path, project: str) -> None:
     Also sweeps up what a sage that died while it wrote has left.
     """
     private_directory(root)
+    sweep(root / project)
     for name in ("engines", "logs"):
         directory = private_directory(root / project / name)
         sweep(directory)

@@ -1,11 +1,12 @@
 """What every runtime file answers: how to start the program, and how to recognise one that was started by hand."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from sage_reconcile.core.footprint import Serving
 from sage_reconcile.core.resolved import Placement
+from sage_reconcile.core.runtimes.startup_log import LoggedFootprint
 from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import EngineSpec, needs_gpu
 
@@ -41,6 +42,10 @@ class Runtime:
     serving: Callable[[EngineSpec], Serving]
     # Whether it can be told how much memory to use, for a model of this shape.
     tells: Callable[[EngineSpec, ModelShape | None], bool]
+    # What the lines of its log say that it took; None when they do not.
+    measured_log: Callable[[Iterable[str]], LoggedFootprint | None]
+    # Whether, told how much to use, it takes all of that: then what it takes says nothing of what it needs.
+    fills: bool = True
     # Whether it takes all that it is told and keeps its CUDA context beside it.
     budgeted: bool = False
     # How CUDA_VISIBLE_DEVICES names its devices.

@@ -5,6 +5,7 @@ import re
 from sage_reconcile.core.footprint import Serving
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes.base import Recognised, Runtime, no_env, unsupported
+from sage_reconcile.core.runtimes.startup_log import any_log
 from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import EngineSpec
 
@@ -70,4 +71,5 @@ COMMAND = Runtime(
     recognise=_never,
     serving=_serving,
     tells=_tells,
+    measured_log=any_log,
 )

@@ -19,6 +19,7 @@ from sage_reconcile.core.runtimes.base import (
     program_index,
     unsupported,
 )
+from sage_reconcile.core.runtimes.startup_log import no_log
 from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import EngineSpec, needs_gpu, served_model
 
@@ -83,4 +84,5 @@ INFINITY = Runtime(
     recognise=_recognise,
     serving=_serving,
     tells=never_told,
+    measured_log=no_log,
 )

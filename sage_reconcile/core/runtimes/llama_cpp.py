@@ -17,6 +17,7 @@ from sage_reconcile.core.runtimes.base import (
     unsupported,
     whole_number,
 )
+from sage_reconcile.core.runtimes.startup_log import llama_cpp_log
 from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import EngineSpec, is_path, needs_gpu, served_model
 
@@ -50,9 +51,9 @@ def _argv(
 def gpu_layers(spec: EngineSpec, shape: ModelShape | None, memory_bytes: int) -> int:
     """The most layers whose weights and cache fit the memory of each device; the rest stays on the CPU.
 
-    Without a shape, all of them.
+    Without a shape, all of them; and with no limit asked for: what it was measured to take may be less than computed.
     """
-    if shape is None:
+    if shape is None or spec.gpu_memory == "auto":
         return _ALL_LAYERS
     whole = footprint(shape, _serving(spec))
     if whole.total_bytes <= memory_bytes or not shape.layers:
@@ -125,4 +126,7 @@ LLAMA_CPP = Runtime(
     recognise=_recognise,
     serving=_serving,
     tells=_tells,
+    measured_log=llama_cpp_log,
+    # What it takes follows from its layers and its context.
+    fills=False,
 )

@@ -16,6 +16,7 @@ from sage_reconcile.core.runtimes.base import (
     told_by_sage,
     whole_number,
 )
+from sage_reconcile.core.runtimes.startup_log import vllm_log
 from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import EngineSpec, served_model
 
@@ -129,6 +130,7 @@ VLLM = Runtime(
     recognise=_recognise,
     serving=_serving,
     tells=_told,
+    measured_log=vllm_log,
     budgeted=True,
     splits_heads=True,
     # It takes each entry of CUDA_VISIBLE_DEVICES for a number and dies of a UUID, of a slice's too; the memory of a
