@@ -191,6 +191,20 @@ _FIELDS = (
     field_of("literal secret by name", "env: {OPENAI_API_KEY: abcdefgh1234}", "a secret must not stand", "6:11"),
     field_of("literal secret by value", "env: {X: hf_abcdefghijkl}", "a secret must not stand in a manifest", "6:11"),
     field_of("secrets", "secrets: {HF_TOKEN: {env: HF_TOKEN}}", "secrets is not served yet"),
+    field_of("memory in args", "args: [--gpu-memory-utilization, '0.9']", "is told by sage; write gpu_memory"),
+    one(
+        "fraction of an sglang in args",
+        engine("runtime: sglang", "args: [--mem-fraction-static=0.9]"),
+        "7:5",
+        "is told by sage; write gpu_memory",
+    ),
+    one(
+        "layers in args",
+        HEAD + "  - name: chat\n    model: ./a.gguf\n    args: [-ngl, '20']\n",
+        "6:5",
+        "is told by sage; write gpu_memory",
+    ),
+    one("sglang without a GPU", engine("runtime: sglang", "use_gpu: false"), "7:5", "write use_gpu: true"),
     field_of("rerank", "kind: rerank", "kind: rerank is not served yet"),
     field_of("surge", "update: {strategy: surge}", "update.strategy: surge is not served yet", "6:14"),
     one(

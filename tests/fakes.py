@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from sage_reconcile.core.facts import ExitFact
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.journal import Entry
-from sage_reconcile.core.observed import Engine, ObservedState
+from sage_reconcile.core.observed import Device, Engine, Lingering, ObservedState
 from sage_reconcile.core.plan import StartEngine, StopEngine, after
 from sage_reconcile.core.progress import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
 from sage_reconcile.errors import Environment
@@ -34,6 +34,9 @@ class FakeHost:
     A spawned engine is healthy `load_seconds` later and proved when asked. `fails` says of each start, by its number
     from 0, how it fails: "refused" (nothing is spawned), "exits" (gone at the next look), "hangs" (never healthy).
     `deaf` engines survive SIGTERM; `undead` ones survive SIGKILL too.
+
+    An engine takes half of the memory that it was given when it starts, and the rest when it is ready. What an ended
+    one held comes back `late_seconds` later, and until then nobody holds it; so does what lingers at first.
     """
 
     world: ObservedState
@@ -41,6 +44,7 @@ class FakeHost:
     deaf: frozenset[str] = frozenset()
     undead: frozenset[str] = frozenset()
     load_seconds: float = 1.0
+    late_seconds: float = 0.0
     time: float = 0.0
     starts: int = 0
     orders: list[Order] = field(default_factory=list)
@@ -53,8 +57,16 @@ class FakeHost:
     stop: Callable[["FakeHost"], int] = lambda host: 0
     # Called at every look with the world, so that a test can watch each prefix.
     on_look: Callable[[ObservedState], None] = lambda world: None
+    # What the dead have not given back: when it comes back, on which device, and whose it was.
+    returning: list[tuple[float, str, Lingering]] = field(default_factory=list)
+    _bare: tuple[Device, ...] = ()
 
     def __post_init__(self) -> None:
+        self.returning = [
+            (self.late_seconds, device.uuid, entry) for device in self.world.devices for entry in device.lingering
+        ]
+        # What is there apart from our engines and the dead.
+        self._bare = tuple(_without_the_dead(device) for device in self.world.devices)
         for engine in self.world.engines:
             if engine.state == "starting":
                 self.healthy_at[engine.leader] = self.load_seconds
@@ -70,8 +82,11 @@ class FakeHost:
         for leader in [leader for leader, at in self.healthy_at.items() if at <= self.time]:
             del self.healthy_at[leader]
             if self._alive(leader):
-                port = self._engine(leader).resolved.placement.port
-                self._change(leader, health="ok", listens_on=(port,))
+                place = self._engine(leader).resolved.placement
+                used = tuple((uuid, place.counted_bytes_per_device) for uuid in sorted(place.devices))
+                self._change(leader, health="ok", listens_on=(place.port,), measured_bytes=used)
+        if self._bare:
+            self._count_memory()
         self.on_look(self.world)
         return self.world
 
@@ -117,7 +132,9 @@ class FakeHost:
         if how == "refused":
             return Spawned(leader=None, why="the port was taken at the last moment")
         leader = self._born(after(act, self.world))
-        self._change(leader, state="starting", proved=False, health="refused")
+        place = act.resolved.placement
+        used = tuple((uuid, place.memory_bytes_per_device // 2) for uuid in sorted(place.devices))
+        self._change(leader, state="starting", proved=False, health="refused", measured_bytes=used)
         if how == "exits":
             self.doomed[leader] = how
         elif how != "hangs":
@@ -139,9 +156,29 @@ class FakeHost:
 
     def _remove(self, leader: ProcessIdentity) -> None:
         engine = self._engine(leader)
+        self.returning += [
+            (self.time + self.late_seconds, uuid, Lingering(engine=engine.id, pid=leader.pid, held_bytes=size))
+            for uuid, size in engine.measured_bytes
+        ]
         self.world = after(
             StopEngine(step=0, after=(), engine=engine.id, leader=leader, port=0, drain_seconds=0, grace_seconds=0),
             self.world,
+        )
+
+    def _count_memory(self) -> None:
+        self.returning = [entry for entry in self.returning if entry[0] > self.time]
+        self.world = replace(self.world, devices=tuple(self._counted(device) for device in self._bare))
+
+    def _counted(self, bare: Device) -> Device:
+        lingering = tuple(entry for _, uuid, entry in self.returning if uuid == bare.uuid)
+        dead = sum(entry.held_bytes for entry in lingering)
+        ours = sum(dict(engine.measured_bytes).get(bare.uuid, 0) for engine in self.world.engines)
+        return replace(
+            bare,
+            used_bytes=bare.foreign_bytes + dead + ours,
+            foreign_bytes=bare.foreign_bytes + dead,
+            orphaned_bytes=bare.orphaned_bytes + dead,
+            lingering=lingering,
         )
 
     def _engine(self, leader: ProcessIdentity) -> Engine:
@@ -159,3 +196,13 @@ class FakeHost:
             for engine in self.world.engines
         )
         self.world = replace(self.world, engines=engines)
+
+
+def _without_the_dead(device: Device) -> Device:
+    dead = sum(entry.held_bytes for entry in device.lingering)
+    return replace(
+        device,
+        foreign_bytes=device.foreign_bytes - dead,
+        orphaned_bytes=device.orphaned_bytes - dead,
+        lingering=(),
+    )

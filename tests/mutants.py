@@ -29,15 +29,15 @@ MUTANTS = (
     Mutant(
         bug="core imports a clock",
         file="sage_reconcile/core/placement.py",
-        old="from dataclasses import dataclass\n",
-        new="from dataclasses import dataclass\nimport time\n",
+        old="from dataclasses import dataclass, replace\n",
+        new="from dataclasses import dataclass, replace\nimport time\n",
         caught_by=("tests/test_house.py",),
     ),
     Mutant(
         bug="core imports world",
         file="sage_reconcile/core/placement.py",
-        old="from dataclasses import dataclass\n",
-        new="from dataclasses import dataclass\n\nfrom sage_reconcile.world import lock\n",
+        old="from dataclasses import dataclass, replace\n",
+        new="from dataclasses import dataclass, replace\n\nfrom sage_reconcile.world import lock\n",
         caught_by=("tests/test_house.py",),
     ),
     Mutant(
@@ -141,8 +141,8 @@ MUTANTS = (
     Mutant(
         bug="a predecessor is stopped though its successor has no home",
         file="sage_reconcile/core/planner.py",
-        old="changes = [change for change in changes if change.id not in {blocked.engine for blocked in refusals}]",
-        new='changes = [replace(change, start=None, action="stop") if change.id in {b.engine for b in refusals} and change.stops else change for change in changes if change.stops or change.id not in {b.engine for b in refusals}]',
+        old="changes = [change for change in changes if change.id not in {blocked.engine for blocked in homes.refusals}]",
+        new='changes = [replace(change, start=None, action="stop") if change.id in {b.engine for b in homes.refusals} and change.stops else change for change in changes if change.stops or change.id not in {b.engine for b in homes.refusals}]',
         caught_by=("tests/core/test_worlds.py", "tests/scenarios"),
     ),
     Mutant(
@@ -431,6 +431,62 @@ MUTANTS = (
         old='        _probe(directory / ".writable")\n',
         new="",
         caught_by=("tests/faults/test_disk.py::d1",),
+    ),
+    Mutant(
+        bug="starts on one device overlap",
+        file="sage_reconcile/core/ordering.py",
+        old="        ordered.append(replace(act, behind=behind))\n",
+        new="        ordered.append(act)\n",
+        caught_by=("tests/core/test_gpu_worlds.py", "tests/scenarios"),
+    ),
+    Mutant(
+        bug="a start does not wait for the stop that frees its memory",
+        file="sage_reconcile/core/ordering.py",
+        old="        more = _needed_stops([drafts[old].act for old in order], room)\n",
+        new="        more = set[tuple[int, int]]()\n",
+        caught_by=("tests/core/test_gpu_plans.py", "tests/core/test_gpu_worlds.py"),
+    ),
+    Mutant(
+        bug="an engine is placed on a closed device",
+        file="sage_reconcile/core/housing.py",
+        old='    if device.closed:\n        return f"closed: {device.closed}"\n',
+        new="",
+        caught_by=("tests/core/test_gpu_worlds.py",),
+    ),
+    Mutant(
+        bug="the memory of anybody's dead is taken",
+        file="sage_reconcile/core/housing.py",
+        old="own = sum(entry.held_bytes for entry in device.lingering if entry.engine == candidate.wanted.id)",
+        new="own = sum(entry.held_bytes for entry in device.lingering)",
+        caught_by=("tests/core/test_gpu_worlds.py", "tests/scenarios"),
+    ),
+    Mutant(
+        bug="a second pass moves what the first one starts",
+        file="sage_reconcile/core/planner.py",
+        old='"never" if options.allow_moves else "told"',
+        new='"allowed" if options.allow_moves else "told"',
+        caught_by=("tests/core/test_gpu_plans.py",),
+    ),
+    Mutant(
+        bug="the audit forgets the CUDA context",
+        file="sage_reconcile/core/audit.py",
+        old="place.memory_bytes_per_device + place.context_bytes_per_device",
+        new="place.memory_bytes_per_device",
+        caught_by=("tests/core/test_gpu_plans.py",),
+    ),
+    Mutant(
+        bug="a vLLM is told another number than was planned",
+        file="sage_reconcile/core/runtimes/vllm.py",
+        old="str(placement.memory_fraction)",
+        new='"0.9"',
+        caught_by=("tests/core/test_runtimes.py",),
+    ),
+    Mutant(
+        bug="an SGLang is told a share of what is free before its CUDA context",
+        file="sage_reconcile/core/shares.py",
+        old="free_bytes(device, started.engines) + place.memory_bytes_per_device",
+        new="free_bytes(device, started.engines) + place.counted_bytes_per_device",
+        caught_by=("tests/core/test_runtimes.py",),
     ),
 )
 

@@ -15,6 +15,9 @@ from sage_reconcile.core.plan import Act, Plan, RelabelEngine, StartEngine, Stop
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.spec import IDENTITY_FIELDS, written_fields
 
+# A fraction is told with four digits.
+_ROUNDING = 1e-4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Violation:
@@ -119,7 +122,7 @@ def _start_violations(
         yield Violation(law="the port planned is the port told", what=f"{act.engine} is not told port {place.port}")
     if sum(seat.engine == act.engine for seat in seats) > 1:
         yield Violation(law="no engine twice", what=f"{act.engine} would run twice")
-    yield from _device_violations(act, observed, seats)
+    yield from _device_violations(act, desired, observed, seats)
     if not any(wanted.id == act.engine for wanted in desired.wanted):
         yield Violation(law="only what is wanted starts", what=f"nobody wants {act.engine}")
 
@@ -136,30 +139,63 @@ def _held(engine: Engine) -> dict[str, int]:
     return held
 
 
-def _device_violations(act: StartEngine, observed: ObservedState, seats: list[_Seat]) -> Iterable[Violation]:
+def _device_violations(
+    act: StartEngine, desired: DesiredState, observed: ObservedState, seats: list[_Seat]
+) -> Iterable[Violation]:
     """Its devices are there, hold all that is on them, and are what it is shown: by UUID, or by number."""
     place = act.resolved.placement
     devices = {device.uuid: device for device in observed.devices}
-    running = {seat.engine for seat in seats}
+    started = {seat.engine for seat in seats if seat.leader is None}
+    put_back = any(wanted.id == act.engine and wanted.pin is not None for wanted in desired.wanted)
+    left = []
     for uuid in place.devices:
         device = devices.get(uuid)
         if device is None or device.closed:
             yield Violation(law="only devices that are there", what=f"{act.engine} on {uuid}, which is not to be had")
             continue
-        # What a dead process has not given back is waited for by the start of the same engine, and by nobody else.
-        awaited = sum(entry.held_bytes for entry in device.lingering if entry.engine in running)
-        capacity = device.total_bytes - device.reserved_bytes - device.foreign_bytes + awaited
+        # What a dead process has not given back is waited for by the start of the same engine, and by nobody else but
+        # an engine that is put back.
+        awaited = sum(entry.held_bytes for entry in device.lingering if put_back or entry.engine in started)
+        capacity = device.total_bytes - device.reserved_bytes - device.foreign_bytes + awaited - desired.reserve_bytes
         used = sum(seat.devices.get(uuid, 0) for seat in seats)
+        left.append(capacity + desired.reserve_bytes - used + place.memory_bytes_per_device)
         if used > capacity:
             yield Violation(law="no device is over-full", what=f"{uuid} would hold {used} bytes with {act.engine}")
-    indexes = [str(devices[uuid].index) for uuid in place.devices if uuid in devices]
+    # The number of a slice is that of its whole GPU.
+    indexes = [str(devices[uuid].index) for uuid in place.devices if uuid in devices and not devices[uuid].parent]
+    shown = {",".join(place.devices)} | ({",".join(indexes)} if len(indexes) == len(place.devices) else set())
     visible = dict(act.env).get("CUDA_VISIBLE_DEVICES")
-    if visible not in (",".join(place.devices), ",".join(indexes)):
+    if visible not in shown:
         yield Violation(law="an engine sees its planned devices", what=f"{act.engine} would see {visible!r}")
     if len(set(place.devices)) != len(place.devices):
         yield Violation(law="an engine sees its planned devices", what=f"{act.engine} has one device twice")
     if dict(act.env).get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         yield Violation(law="an engine sees its planned devices", what=f"{act.engine} may count devices otherwise")
+    if not put_back:
+        yield from _telling_violations(
+            act, [devices[uuid].total_bytes for uuid in place.devices if uuid in devices], left
+        )
+
+
+def _telling_violations(act: StartEngine, totals: list[int], left: list[int]) -> Iterable[Violation]:
+    """The share that it is told is what was planned: of each device, or of the least that is `left` when it starts."""
+    planned = act.resolved.placement.memory_bytes_per_device
+    share = _told(act.resolved.argv, "--gpu-memory-utilization")
+    if share is not None and not all(int(share * total) <= planned <= (share + _ROUNDING) * total for total in totals):
+        yield Violation(
+            law="the memory planned is the memory told", what=f"{act.engine} is told {share} of its devices"
+        )
+    share = _told(act.resolved.argv, "--mem-fraction-static")
+    if share is not None and left and not 0 < int(share * min(left)) <= planned:
+        yield Violation(
+            law="the memory planned is the memory told", what=f"{act.engine} is told {share} of {min(left)}"
+        )
+
+
+def _told(argv: tuple[str, ...], name: str) -> float | None:
+    """The number that a command line has for an option; None where it has none."""
+    values = [value for word, value in zip(argv, argv[1:], strict=False) if word == name]
+    return float(values[-1]) if values else None
 
 
 def _unordered_violations(plan: Plan) -> Iterable[Violation]:

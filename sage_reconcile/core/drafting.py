@@ -82,7 +82,6 @@ def _start(
     if wanted is None:
         return None
     spec, place, runtime = wanted.spec, placed[wanted.id], runtime_of(wanted.spec)
-    resolved = _resolved(wanted, place, observed)
     env = {**spec.env, **runtime.env(spec, place), **device_env(spec, place, runtime.device_names), "SPT_NOENV": "1"}
     return StartEngine(
         step=step,
@@ -90,7 +89,7 @@ def _start(
         engine=wanted.id,
         source=wanted.source or desired.source,
         written=written(wanted),
-        resolved=resolved,
+        resolved=resolved(wanted, place, observed),
         env=tuple(sorted(env.items())),
         kind=spec.kind,
         model=served_model(spec),
@@ -110,7 +109,8 @@ def _waits(wanted: Wanted, desired: DesiredState, options: PlanOptions) -> bool:
     return options.waits or any(name in other.depends_on for other in desired.wanted)
 
 
-def _resolved(wanted: Wanted, place: Placement, observed: ObservedState) -> Resolved:
+def resolved(wanted: Wanted, place: Placement, observed: ObservedState) -> Resolved:
+    """What is resolved for an engine in its place; of one that is put back, what was."""
     if wanted.pin is not None:
         return wanted.pin.resolved
     runtime = runtime_of(wanted.spec)

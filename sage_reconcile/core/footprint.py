@@ -130,13 +130,15 @@ def footprint(shape: ModelShape, serving: Serving) -> Footprint:
 def _settled(shape: ModelShape, serving: Serving) -> Serving:
     """The settings with nothing left open and nothing below 1."""
     length = serving.max_model_len if serving.max_model_len is not None else shape.max_positions
+    # A text to embed is not cut into chunks: a batch of theirs holds the longest.
+    whole = length if serving.kind != "llm" and serving.runtime in ("vllm", "sglang") else 1
     return replace(
         serving,
         tensor_parallel=max(1, serving.tensor_parallel),
         pipeline_parallel=max(1, serving.pipeline_parallel),
         max_model_len=max(1, length),
         max_num_seqs=max(1, serving.max_num_seqs),
-        max_num_batched_tokens=max(1, serving.max_num_batched_tokens),
+        max_num_batched_tokens=max(1, whole, serving.max_num_batched_tokens),
         value_dtype=serving.value_dtype or serving.kv_dtype,
         full_sequences=max(1, serving.full_sequences),
     )

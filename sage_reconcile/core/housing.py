@@ -62,19 +62,17 @@ def seated(
     leaving: set[ProcessIdentity],
     *,
     movable: tuple[Candidate, ...] = (),
+    may_move: bool = True,
 ) -> Seating:
     """The best devices for the candidates. `leaving` are the processes that will be stopped, those of candidates too.
 
-    `movable` run as they should, and may be moved where that finds room for more.
+    `movable` run as they should, and may be moved where that finds room for more; or else a refusal says where that
+    would help.
     """
     if not candidates:
         return Seating(seats={}, refusals={})
-    puzzle = _Puzzle(
-        candidates=(*candidates, *movable),
-        desired=desired,
-        observed=observed,
-        leaving=leaving | {engine.leader for candidate in movable for engine in candidate.stops},
-    )
+    puzzle = _Puzzle(candidates=candidates, desired=desired, observed=observed, leaving=leaving, movable=movable)
+    puzzle = puzzle.moving() if may_move else puzzle
     packing = puzzle.solved()
     seats: dict[EngineId, Seat] = {}
     refused: dict[EngineId, Refusal] = {}
@@ -100,10 +98,25 @@ class _Puzzle:
     without_pids: frozenset[int] = frozenset()
     unpinned: frozenset[EngineId] = frozenset()
     budget_nodes: int | None = None
+    # Engines that run as they should, and would be candidates too if they might be moved.
+    movable: tuple[Candidate, ...] = ()
+
+    def moving(self) -> "_Puzzle":
+        """The same problem where what may be moved is."""
+        movers = {engine.leader for candidate in self.movable for engine in candidate.stops}
+        return replace(self, candidates=(*self.candidates, *self.movable), leaving=self.leaving | movers, movable=())
 
     @property
     def devices(self) -> tuple[Device, ...]:
         return self.observed.devices
+
+    @property
+    def restoring(self) -> bool:
+        """Whether what ran is put back: what has just ended there gives its memory back, and every start waits for it.
+
+        Else what failed a moment ago would keep out what it had replaced.
+        """
+        return any(candidate.wanted.pin is not None for candidate in self.candidates)
 
     @property
     def staying(self) -> tuple[Engine, ...]:
@@ -113,12 +126,16 @@ class _Puzzle:
     def free(self, device: Device) -> int:
         """What is free once everything that leaves is gone, before anybody is placed."""
         spared = sum(holder.used_bytes for holder in device.holders if holder.pid in self.without_pids)
+        spared += sum(entry.held_bytes for entry in device.lingering) if self.restoring else 0
         return free_bytes(device, self.staying) - self.desired.reserve_bytes + min(spared, device.foreign_bytes)
 
     def need(self, candidate: Candidate, device: Device) -> int:
-        """What a candidate adds to a device. What its own last process has not given back yet, it may count on."""
+        """What a candidate adds to a device. What its own last process has not given back yet, its start waits for."""
+        needed = candidate.need.on(device.uuid).counted_bytes
+        if self.restoring or (candidate.runs and device.uuid in _home(candidate, self.observed)):
+            return needed  # It counts as free already, or is not started there.
         own = sum(entry.held_bytes for entry in device.lingering if entry.engine == candidate.wanted.id)
-        return max(candidate.need.on(device.uuid).counted_bytes - own, 0)
+        return max(needed - own, 0)
 
     def allowed(self, candidate: Candidate) -> tuple[int, ...]:
         pins = self.pinned(candidate)
@@ -337,12 +354,14 @@ def _would_help(
     """One thing relaxed at a time: what a search then finds a place for, and for the others too."""
     found: list[str] = []
     wanted = candidate.wanted
-    smaller = _largest_that_fits(candidate, shortfalls)
+    smaller = _largest_that_fits(candidate, puzzle, shortfalls)
     if smaller >= _GIB and wanted.pin is None:
         found.append(f"gpu_memory <= {smaller // (_GIB // 10) / 10:.1f}GiB")
     quick = replace(puzzle, budget_nodes=_HELP_BUDGET_NODES)
     if wanted.spec.devices is not None and _helps(replace(quick, unpinned=frozenset({wanted.id})), candidate, packing):
         found.append("other devices than those it is pinned to")
+    if puzzle.movable and _helps(quick.moving(), candidate, packing):
+        found.append("--allow-moves")
     for pid, name in _foreign_holders(puzzle):
         if _helps(replace(quick, without_pids=frozenset({pid})), candidate, packing):
             found.append(f"without foreign pid {pid} ({name})")
@@ -355,13 +374,15 @@ def _would_help(
     return tuple(found)
 
 
-def _largest_that_fits(candidate: Candidate, shortfalls: tuple[Shortfall, ...]) -> int:
-    """The memory with which it would fit as many devices as it needs, besides everything else of the plan."""
-    usable = sorted((entry.free_bytes for entry in shortfalls if not entry.why_not), reverse=True)
-    if len(usable) < candidate.need.count:
-        return 0
-    context = max(claim.context_bytes for _, claim in candidate.need.claims)
-    return max(usable[candidate.need.count - 1] - context, 0)
+def _largest_that_fits(candidate: Candidate, puzzle: _Puzzle, shortfalls: tuple[Shortfall, ...]) -> int:
+    """The memory with which it would fit as many alike devices as it needs, besides everything else of the plan."""
+    count, context = candidate.need.count, max(claim.context_bytes for _, claim in candidate.need.claims)
+    usable: dict[tuple[str, int], list[int]] = {}
+    for device, entry in zip(puzzle.devices, shortfalls, strict=True):
+        if not entry.why_not:
+            usable.setdefault(_kind(device), []).append(entry.free_bytes)
+    fitting = [sorted(sizes, reverse=True)[count - 1] for sizes in usable.values() if len(sizes) >= count]
+    return max(max(fitting, default=0) - context, 0)
 
 
 def _foreign_holders(puzzle: _Puzzle) -> list[tuple[int, str]]:

@@ -149,10 +149,11 @@ def _asked_for(
 def _share(memory: int, context: int, device: Device, source: str, fraction: float | None = None) -> Claim:
     """A claim; without a fraction, the one that the memory is."""
     if fraction is None:
-        fraction = _rounded_down(memory / device.total_bytes)
+        fraction = rounded_down(memory / device.total_bytes)
     return Claim(memory_bytes=memory, context_bytes=context, fraction=fraction, source=source)
 
 
-def _rounded_down(share: float) -> float:
+def rounded_down(share: float) -> float:
+    """A share with the digits with which it is told, never more of it."""
     scale: int = 10**_FRACTION_DIGITS
     return max(int(share * scale), 1) / scale

@@ -21,6 +21,7 @@ class Draft:
 class Room:
     """The memory of the devices before anything is done, in bytes by UUID."""
 
+    # Without what is kept free on each.
     free: Mapping[str, int]
     # What each process that may be stopped holds.
     held: Mapping[ProcessIdentity, Mapping[str, int]]
@@ -28,14 +29,25 @@ class Room:
     lingering: Mapping[EngineId, Mapping[str, int]]
 
 
-def room_of(observed: ObservedState) -> Room:
+def room_of(observed: ObservedState, *, reserve_bytes: int = 0, restoring: bool = False) -> Room:
+    """The room of a world in which so many bytes stay free on each device, whatever else happens.
+
+    `restoring`: every start waits for the memory of all the dead, so that it counts as free.
+    """
     lingering: dict[EngineId, dict[str, int]] = {}
-    for device in observed.devices:
+    for device in () if restoring else observed.devices:
         for entry in device.lingering:
             own = lingering.setdefault(entry.engine, {})
             own[device.uuid] = own.get(device.uuid, 0) + entry.held_bytes
+    dead = {
+        device.uuid: sum(entry.held_bytes for entry in device.lingering) if restoring else 0
+        for device in observed.devices
+    }
     return Room(
-        free={device.uuid: free_bytes(device, observed.engines) for device in observed.devices},
+        free={
+            device.uuid: free_bytes(device, observed.engines) + dead[device.uuid] - reserve_bytes
+            for device in observed.devices
+        },
         held={
             engine.leader: {device.uuid: held_bytes(engine, device.uuid) for device in observed.devices}
             for engine in observed.engines

@@ -4,7 +4,7 @@ The only maker of `Placement`, and through it of anything that can be started.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.housing import Seat
@@ -47,6 +47,11 @@ def placement(wanted: Wanted, port: int, observed: ObservedState, seat: Seat | N
         memory_source=seat.claim.source,
         memory_told=seat.told,
     )
+
+
+def with_free(place: Placement, free_bytes: int, fraction: float) -> Placement:
+    """The same place, and what is free there when the engine starts."""
+    return replace(place, free_at_start_bytes=free_bytes, fraction_of_free=fraction)
 
 
 def port_of(
@@ -108,4 +113,5 @@ def port_of(
 
 def _earlier_ports(wanted: Wanted, observed: ObservedState, predecessor: Engine | None) -> list[int]:
     ports = [predecessor.resolved.placement.port] if predecessor is not None else []
-    return ports + [record.port for record in observed.records if record.engine == wanted.id and record.port]
+    records = [record for record in observed.records if record.engine == wanted.id and record.port]
+    return ports + [record.port for record in sorted(records, key=lambda record: (-record.started_at, record.leader))]

@@ -6,19 +6,24 @@ once, by the exact search of core.housing.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from sage_reconcile.core.compare import Change, Comparison, listed
 from sage_reconcile.core.desired import DesiredState, Wanted
+from sage_reconcile.core.facts import RecordFact
 from sage_reconcile.core.housing import Candidate, Seat, out_of_the_question, seated
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.needs import Claim, Need, need_of, shape_of
 from sage_reconcile.core.observed import Engine, ObservedState, held_bytes, spec_of
 from sage_reconcile.core.placement import Taken, placement, port_of
-from sage_reconcile.core.plan import Blocked, PlanOptions
+from sage_reconcile.core.plan import Blocked
 from sage_reconcile.core.refusal import Refusal
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes import program_of, runtime_of
 from sage_reconcile.core.spec import is_path, needs_gpu
+
+# Whether running engines may make room: allowed; told, where that would help; never.
+Moves = Literal["allowed", "told", "never"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +38,7 @@ class Placed:
 
 
 def placed(
-    changes: list[Change], found: Comparison, desired: DesiredState, observed: ObservedState, options: PlanOptions
+    changes: list[Change], found: Comparison, desired: DesiredState, observed: ObservedState, moves: Moves
 ) -> Placed:
     """A placement for each start, or a refusal for each that has none."""
     # (1)
@@ -44,18 +49,18 @@ def placed(
     leaving = {engine.leader for change in changes for engine in change.stops}
     wanting = [change for change in changes if change.start is not None and _wants_devices(change.start)]
     candidates = tuple(_candidate(change, observed) for change in wanting)
-    movable = _movable(found, desired, observed) if options.allow_moves and candidates else ()
+    movable = _movable(found, desired, observed) if moves != "never" and candidates else ()
     settled = {candidate.wanted.id for candidate in candidates}
     movable = tuple(candidate for candidate in movable if candidate.wanted.id not in settled)
-    seating = seated(candidates, desired, observed, leaving, movable=movable)
+    seating = seated(candidates, desired, observed, leaving, movable=movable, may_move=moves == "allowed")
     if seating.refusals:
         at = {change.id: change.start.at for change in wanting if change.start is not None}
         return Placed(
             places={}, refusals=tuple(_blocked(engine, at[engine], why) for engine, why in seating.refusals.items())
         )
-    moves = tuple(_move(candidate, seating.seats) for candidate in movable if candidate.wanted.id in seating.seats)
-    if moves:
-        return Placed(places={}, moves=moves)
+    moved = tuple(_move(candidate, seating.seats) for candidate in movable if candidate.wanted.id in seating.seats)
+    if moved:
+        return Placed(places={}, moves=moved)
     places = {
         change.id: placement(change.start, ports[change.id], observed, seating.seats.get(change.id))
         for change in changes
@@ -177,7 +182,7 @@ def _ports_for(
     asked |= {w.pin.resolved.placement.port: w.id for w in desired.wanted if w.pin is not None}
     # An engine that comes back after a crash finds its port where it left it, whoever comes with it.
     coming_back = {change.id for change in changes if change.start is not None}
-    asked = {record.port: record.engine for record in observed.records if record.engine in coming_back} | asked
+    asked = {record.port: record.engine for record in _latest_last(observed) if record.engine in coming_back} | asked
     ports: dict[EngineId, int] = {}
     refusals: list[Blocked] = []
     for change in _homes_first(changes):
@@ -200,6 +205,11 @@ def _ports_for(
         else:
             ports[wanted.id] = port
     return ports, refusals
+
+
+def _latest_last(observed: ObservedState) -> list[RecordFact]:
+    """Of several that had a port it is the last one's."""
+    return sorted(observed.records, key=lambda record: (record.started_at, record.engine, record.leader))
 
 
 def _homes_first(changes: list[Change]) -> list[Change]:

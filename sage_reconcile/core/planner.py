@@ -21,9 +21,10 @@ from sage_reconcile.core.drafting import depends_on, drafted
 from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.observed import Engine, ObservedState, project_engines, spec_of
 from sage_reconcile.core.ordering import ordered_acts, room_of
-from sage_reconcile.core.placing import placed
-from sage_reconcile.core.plan import Act, Awaited, Plan, PlanOptions, StartEngine, after
+from sage_reconcile.core.placing import Moves, placed
+from sage_reconcile.core.plan import Act, Awaited, Plan, PlanOptions, RelabelEngine, StartEngine, after
 from sage_reconcile.core.resolved import Placement
+from sage_reconcile.core.shares import told_shares
 from sage_reconcile.core.spec import served_model
 
 # A second pass finds what the first made room for; each further one needs yet another such engine.
@@ -33,14 +34,15 @@ _MOST_PASSES = 64
 def make_plan(desired: DesiredState, observed: ObservedState, options: PlanOptions | None = None) -> Plan:
     """The acts that lead from the observed to the desired, what is blocked, and why."""
     options = options or PlanOptions()
-    first = plan = _pass(desired, observed, options)
+    first = plan = _pass(desired, observed, options, "allowed" if options.allow_moves else "told")
     world = observed
     for _ in range(_MOST_PASSES):
         if not first.acts:
             break
         for act in first.acts:
             world = after(act, world)
-        first = _pass(desired, world, options)
+        # What a pass started is not moved by the next one: that would be a stop of a process that does not exist yet.
+        first = _pass(desired, world, options, "never" if options.allow_moves else "told")
         plan = _joined(plan, first)
     assert not first.acts, "planning does not come to rest"
     return plan
@@ -83,14 +85,14 @@ def restore_target(before: ObservedState, failed: Plan, desired: DesiredState) -
 # --- one pass ---------------------------------------------------------------------------------------------------------
 
 
-def _pass(desired: DesiredState, observed: ObservedState, options: PlanOptions) -> Plan:
+def _pass(desired: DesiredState, observed: ObservedState, options: PlanOptions, moves: Moves) -> Plan:
     """1. Compare. 2. Find a home for what should start, until no more are refused. 3. Order the acts."""
     # (1)
     found = compared(desired, observed, options)
     # (2)
     changes, refused = list(found.changes), list(found.blocked)
     while True:
-        homes = placed(changes, found, desired, observed, options)
+        homes = placed(changes, found, desired, observed, moves)
         if not homes.refusals and not homes.moves:
             break
         # The predecessor of a refused engine stays, and with it its port and its memory: what relied on them must be
@@ -102,7 +104,10 @@ def _pass(desired: DesiredState, observed: ObservedState, options: PlanOptions) 
         found = replace(found, unchanged=tuple(engine for engine in found.unchanged if engine.id not in moved))
     # (3)
     steps, drafts = drafted([*found.updates, *changes], homes.places, desired, observed, options)
-    acts, awaited = _with_needs(ordered_acts(drafts, room_of(observed)), _all_awaited(found, options), desired, options)
+    restoring = any(wanted.pin is not None for wanted in desired.wanted)
+    ordered = ordered_acts(drafts, room_of(observed, reserve_bytes=desired.reserve_bytes, restoring=restoring))
+    ordered, steps = told_shares(ordered, steps, desired, observed)
+    acts, awaited = _with_needs(ordered, _all_awaited(found, options), desired, options)
     blocked_ids = {blocked.engine for blocked in refused}
     stays_blocked = {engine.id for engine in project_engines(observed, desired.project) if engine.id in blocked_ids}
     return Plan(
@@ -142,7 +147,11 @@ def _joined(plan: Plan, later: Plan) -> Plan:
     step, index = len(plan.steps), len(plan.acts)
     before = tuple(range(index))
     acts = tuple(
-        replace(act, step=act.step + step, after=before + tuple(earlier + index for earlier in act.after))
+        replace(
+            _behind_later(act, index),
+            step=act.step + step,
+            after=before + tuple(earlier + index for earlier in act.after),
+        )
         for act in later.acts
     )
     touched = {entry.engine for entry in plan.steps} | {entry.engine for entry in later.steps}
@@ -155,6 +164,13 @@ def _joined(plan: Plan, later: Plan) -> Plan:
         kept=later.kept,
         unchanged=tuple(engine for engine in plan.unchanged if engine not in touched),
     )
+
+
+def _behind_later(act: Act, index: int) -> Act:
+    """The act with what it is behind, counted on from `index`."""
+    if isinstance(act, RelabelEngine):
+        return act
+    return replace(act, behind=tuple(earlier + index for earlier in act.behind))
 
 
 def _all_awaited(found: Comparison, options: PlanOptions) -> tuple[Awaited, ...]:

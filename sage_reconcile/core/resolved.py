@@ -26,6 +26,10 @@ class Placement:
     context_bytes_per_device: int = 0
     # The share of each device that `memory_bytes_per_device` is, rounded down; 0 on the CPU.
     memory_fraction: float = 0.0
+    # What the plan leaves free on the fullest of them for an engine that must be told a share of that; else 0.
+    free_at_start_bytes: int = 0
+    # The share of it that such an engine is told, rounded down; else 0.
+    fraction_of_free: float = 0.0
     # measured | declared | computed | name | none
     memory_source: str = "none"
     # Whether the engine is told to keep to that memory.

@@ -271,7 +271,7 @@ IDENTITY_FIELDS = frozenset(
 _FIELDS_NOT_SERVED_YET = ("secrets", "live", "restart", "protect", "adopt")
 _VALUES_NOT_SERVED_YET = {
     ("kind",): ("rerank",),
-    ("runtime",): ("sglang", "tei"),
+    ("runtime",): ("tei",),
     ("update", "strategy"): ("surge",),
 }
 _SETTINGS_NOT_SERVED_YET = (("guards",), ("router", "keys_file"))

@@ -117,6 +117,8 @@ def _step(step: Step, observed: ObservedState) -> dict[str, Any]:
         "memory_bytes_per_device": place.memory_bytes_per_device if place else 0,
         "context_bytes_per_device": place.context_bytes_per_device if place else 0,
         "memory_fraction": place.memory_fraction if place else 0.0,
+        "free_at_start_bytes": place.free_at_start_bytes if place else 0,
+        "fraction_of_free": place.fraction_of_free if place else 0.0,
         "memory_source": place.memory_source if place else "none",
         "memory_told": place.memory_told if place else False,
         "port": place.port if place else None,

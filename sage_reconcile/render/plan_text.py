@@ -116,7 +116,9 @@ def _memory(step: Step) -> list[str]:
         return []
     each = " on each" if len(place.devices) > 1 else ""
     beside = f" and {gib(place.context_bytes_per_device)} beside it" if place.context_bytes_per_device else ""
-    told = f"told {place.memory_fraction:g} of the device" if place.memory_told else "not told"
+    told = f"told {place.memory_fraction} of the device" if place.memory_told else "not told"
+    if place.fraction_of_free:
+        told = f"told {place.fraction_of_free} of the {gib(place.free_at_start_bytes)} GiB that are free then"
     return [f"        memory {gib(place.memory_bytes_per_device)} GiB{each}{beside}, {place.memory_source}, {told}"]
 
 

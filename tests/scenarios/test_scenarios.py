@@ -1,9 +1,12 @@
 """Golden plans: a directory each, with the manifests, a world and the plan that a reader sees.
 
+Where the command line has options they are in `options.json`, the fields of PlanOptions.
+
 The world is the JSON of core.observed, the form in which a host is snapshot. `SNAP_UPDATE=1 pytest tests/scenarios`
 writes the plans anew; the diff is what a reviewer reads.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -25,7 +28,8 @@ SCENARIOS = sorted(path.parent for path in HERE.glob("*/world.json"))
 def test_the_plan_is_the_one_that_was_reviewed(scenario: Path) -> None:
     observed = parse_observed((scenario / "world.json").read_bytes())
     desired = load((str(scenario / "manifests"),), project="lab", home="/home/ada")
-    plan = make_plan(desired, observed, PlanOptions())
+    options = options_of(scenario)
+    plan = make_plan(desired, observed, options)
     shown = told(plan, plan_text(plan, observed)).replace(str(HERE), "")
     golden = scenario / "plan.txt"
     if os.environ.get("SNAP_UPDATE"):
@@ -34,16 +38,26 @@ def test_the_plan_is_the_one_that_was_reviewed(scenario: Path) -> None:
     assert audit(plan, desired, observed) == ()
     for act in plan.acts:
         observed = after(act, observed)
-    assert make_plan(desired, observed, PlanOptions()).acts == ()
+    assert make_plan(desired, observed, options).acts == ()
+
+
+def options_of(scenario: Path) -> PlanOptions:
+    """What the command line adds."""
+    written = scenario / "options.json"
+    return PlanOptions(**json.loads(written.read_text(encoding="utf-8"))) if written.exists() else PlanOptions()
 
 
 def told(plan: Plan, text: str) -> str:
-    """The plan as a reader sees it, then its acts, each with what it waits for."""
+    """The plan as a reader sees it, then its acts, each with what must be done before it, and what must have ended."""
     acts = [
-        f"  [{index}] {act_sentence(act)}" + (f"  after {', '.join(map(str, act.after))}" if act.after else "")
+        f"  [{index}] {act_sentence(act)}{waits('after', act.after)}{waits('behind', getattr(act, 'behind', ()))}"
         for index, act in enumerate(plan.acts)
     ]
     return "\n".join([text, "", "Acts:", *(acts or ["  none"])]) + "\n"
+
+
+def waits(word: str, acts: tuple[int, ...]) -> str:
+    return f"  {word} {', '.join(map(str, acts))}" if acts else ""
 
 
 def test_there_are_scenarios() -> None:

@@ -4,10 +4,11 @@ from sage_reconcile.core.runtimes.base import Recognised, Runtime
 from sage_reconcile.core.runtimes.command import COMMAND
 from sage_reconcile.core.runtimes.infinity import INFINITY
 from sage_reconcile.core.runtimes.llama_cpp import LLAMA_CPP
+from sage_reconcile.core.runtimes.sglang import SGLANG
 from sage_reconcile.core.runtimes.vllm import VLLM
 from sage_reconcile.core.spec import EngineSpec
 
-RUNTIMES = (LLAMA_CPP, VLLM, INFINITY, COMMAND)
+RUNTIMES = (LLAMA_CPP, VLLM, SGLANG, INFINITY, COMMAND)
 
 
 def runtime_of(spec: EngineSpec) -> Runtime:

@@ -48,6 +48,9 @@ class Runtime:
     fills: bool = True
     # Whether it takes all that it is told and keeps its CUDA context beside it.
     budgeted: bool = False
+    # (spec, shape, what it is given) -> the part of that which its fraction is about, where that is a share of what is
+    # free when it starts; None where it is a share of the whole device.
+    static_bytes: Callable[[EngineSpec, ModelShape | None, int], int] | None = None
     # How CUDA_VISIBLE_DEVICES names its devices.
     device_names: Literal["uuid", "index"] = "uuid"
     # Whether tensor_parallel must divide the attention heads.
@@ -129,5 +132,7 @@ def whole_number(words: tuple[str, ...], *names: str, default: int) -> int:
 
 def told_by_sage(spec: EngineSpec, options: tuple[str, ...], instead: str) -> tuple[tuple[str, str], ...]:
     """A complaint for each option in `args` that sage alone may tell."""
+    # Parsers of Python programs take --max_model_len for --max-model-len.
     written = {word.partition("=")[0] for word in spec.args}
+    written |= {word.replace("_", "-") for word in written if word.startswith("--")}
     return tuple(("args", f"args: {name} is told by sage; {instead}") for name in options if name in written)

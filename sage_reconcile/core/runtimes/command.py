@@ -28,7 +28,7 @@ def _argv(
         "model": spec.model,
         "devices": ",".join(placement.devices),
         "memory_bytes": str(placement.memory_bytes_per_device),
-        "memory_fraction": f"{placement.memory_fraction:g}",
+        "memory_fraction": str(placement.memory_fraction),
     }
     return (*program, *(filled(word, values) for word in (*spec.command[1:], *spec.args)))
 

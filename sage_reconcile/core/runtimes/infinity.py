@@ -17,6 +17,7 @@ from sage_reconcile.core.runtimes.base import (
     option,
     port_option,
     program_index,
+    told_by_sage,
     unsupported,
 )
 from sage_reconcile.core.runtimes.startup_log import no_log
@@ -25,6 +26,19 @@ from sage_reconcile.core.spec import EngineSpec, needs_gpu, served_model
 
 _DEFAULT_PORT = 7997
 _BATCH_TEXTS = 32
+
+
+# What sage tells by fields of the manifest.
+_TOLD = {
+    "--model-id": "write model",
+    "--served-model-name": "write served_name",
+    "--host": "engines listen on 127.0.0.1",
+    "--port": "write port",
+    "--url-prefix": "the API stands at /v1",
+    "--device": "write use_gpu",
+    "--device-id": "write devices",
+    "--dtype": "write dtype",
+}
 
 
 def _argv(
@@ -48,7 +62,10 @@ def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
     # By the source of 0.0.78 (loading_strategy.py), which knows no way to split a model.
     split = (("tensor_parallel", spec.tensor_parallel), ("pipeline_parallel", spec.pipeline_parallel))
     copies = tuple((name, f"{name}: infinity loads the whole model on each GPU") for name, gpus in split if gpus > 1)
-    return wrong_kind + copies + unsupported(spec, ("quantization", "max_model_len"), "infinity has no such option")
+    told = tuple(entry for name, instead in _TOLD.items() for entry in told_by_sage(spec, (name,), instead))
+    return (
+        wrong_kind + copies + told + unsupported(spec, ("quantization", "max_model_len"), "infinity has no such option")
+    )
 
 
 def _serving(spec: EngineSpec) -> Serving:

@@ -88,10 +88,14 @@ def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
     found: tuple[tuple[str, str], ...] = ()
     if not is_path(spec.model):
         found += (("model", "model: llama.cpp needs the path of a .gguf file"),)
+    found += told_by_sage(spec, ("--model", "-m", "-hf", "--hf-repo"), "write model")
+    found += told_by_sage(spec, ("--alias", "-a"), "write served_name")
+    found += told_by_sage(spec, ("--port",), "write port")
+    found += told_by_sage(spec, ("--host",), "engines listen on 127.0.0.1")
     if needs_gpu(spec):
         found += told_by_sage(spec, ("--n-gpu-layers", "--gpu-layers", "-ngl"), "write gpu_memory")
         found += told_by_sage(spec, ("--ctx-size", "-c"), "write max_model_len")
-        found += told_by_sage(spec, ("--main-gpu", "-mg", "--device", "-dev"), "write devices")
+        found += told_by_sage(spec, ("--main-gpu", "-mg", "--device", "-dev", "--tensor-split", "-ts"), "write devices")
     return found + unsupported(spec, ("dtype", "quantization"), "a .gguf file carries its own number format")
 
 

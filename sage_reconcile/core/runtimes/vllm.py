@@ -33,14 +33,20 @@ _SEQUENCES, _BATCH_TOKENS = 256, 2048
 # What sage tells by fields of the manifest.
 _TOLD = {
     "--gpu-memory-utilization": "write gpu_memory",
-    "--gpu_memory_utilization": "write gpu_memory",
     "--kv-cache-memory-bytes": "write gpu_memory",
     "--tensor-parallel-size": "write tensor_parallel",
     "-tp": "write tensor_parallel",
     "--pipeline-parallel-size": "write pipeline_parallel",
     "-pp": "write pipeline_parallel",
     "--max-model-len": "write max_model_len",
+    "--data-parallel-size": "write replicas",
+    "-dp": "write replicas",
     "--device-ids": "write devices",
+    "--model": "write model",
+    "--served-model-name": "write served_name",
+    "--host": "engines listen on 127.0.0.1",
+    "--port": "write port",
+    "--config": "a file may tell what sage tells",
 }
 
 
@@ -56,7 +62,7 @@ def _argv(
     words += ["--dtype", spec.dtype] if spec.dtype is not None else []
     words += ["--quantization", spec.quantization] if spec.quantization is not None else []
     if placement.devices:
-        words += ["--gpu-memory-utilization", f"{placement.memory_fraction:g}"]
+        words += ["--gpu-memory-utilization", str(placement.memory_fraction)]
         words += _batch(spec, shape)
     return (*words, *spec.args)
 
