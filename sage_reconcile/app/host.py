@@ -16,6 +16,7 @@ from sage_reconcile.core.facts import Facts, Gap, HealthFact, KnownEngine, Model
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.label import LEADER, leader_text, variables
 from sage_reconcile.core.ledger import ledger
+from sage_reconcile.core.lookup import Lookup, ModelQuestion
 from sage_reconcile.core.observed import Engine, ObservedState, spec_of
 from sage_reconcile.core.plan import StartEngine
 from sage_reconcile.core.progress import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
@@ -38,26 +39,6 @@ from sage_reconcile.world.router_files import read_routers
 # How long after a request of its kind an engine that did not answer it is asked again, at first and at most.
 _FIRST_PROOF_PAUSE_SECONDS = 0.5
 _LONGEST_PROOF_PAUSE_SECONDS = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelQuestion:
-    """A model that a plan will ask about."""
-
-    model: str
-    # Variables of the engine, which may say where the hub's cache is.
-    env: tuple[tuple[str, str], ...] = ()
-    # Whether its memory matters.
-    shape: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lookup:
-    """What a plan will ask about this machine beyond what runs: (program, directory) pairs, models, and ports."""
-
-    programs: tuple[tuple[str, str], ...] = ()
-    models: tuple[ModelQuestion, ...] = ()
-    ports: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True, kw_only=True)

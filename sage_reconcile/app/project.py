@@ -1,16 +1,15 @@
-"""From paths to a desired state, and what this machine must be asked before it can be planned."""
+"""From paths to a desired state, and to the machine that it is for. Looks at nothing but manifests by itself."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sage_reconcile.app.host import LocalHost, Lookup, ModelQuestion
 from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.identity import EngineId
+from sage_reconcile.core.lookup import Lookup, lookup
 from sage_reconcile.core.observed import ObservedState, project_engines
-from sage_reconcile.core.quantities import ports_of
-from sage_reconcile.core.runtimes import program_of
-from sage_reconcile.core.spec import is_path, needs_gpu
+from sage_reconcile.core.snapshot import ManifestsPlace
 from sage_reconcile.errors import InvalidManifests, Refused, Usage
 from sage_reconcile.world import manifests
 from sage_reconcile.world.footprint_files import FootprintFiles
@@ -18,13 +17,29 @@ from sage_reconcile.world.journal_file import AppliedRevisions
 from sage_reconcile.world.records import Records, newer_state
 from sage_reconcile.world.state import home, state_root, trusted_root
 
+if TYPE_CHECKING:  # Else a plan that looks at no machine would load all that looks at one.
+    from sage_reconcile.app.host import LocalHost
+
 # The directory that is meant when no path is given.
 DEFAULT_PATH = "manifests"
 
 
-def load(paths: tuple[str, ...], project: str | None, environment: Mapping[str, str] = os.environ) -> DesiredState:
-    """What the manifests want. Raises InvalidManifests, and Usage when there is nothing to read."""
-    desired = manifests.load(default_paths(paths), project=project, home=str(home(environment)))
+def load(
+    paths: tuple[str, ...],
+    project: str | None,
+    environment: Mapping[str, str] = os.environ,
+    place: ManifestsPlace | None = None,
+) -> DesiredState:
+    """What the manifests want. Raises InvalidManifests, and Usage when there is nothing to read.
+
+    `place` is where they lie on the machine that they are for; None: where they lie here.
+    """
+    desired = manifests.load(
+        default_paths(paths),
+        project=project,
+        home=place.home if place is not None else str(home(environment)),
+        directory=place.source if place is not None else None,
+    )
     if not desired.source.isprintable():
         raise InvalidManifests(
             f"cannot use {desired.source!r}: its name holds bytes that are no text", hint="rename it"
@@ -41,33 +56,28 @@ def default_paths(paths: tuple[str, ...]) -> tuple[str, ...]:
     raise Usage("no PATH is given, and there is no directory manifests/ here", hint="name a directory of manifests")
 
 
-def lookup(desired: DesiredState) -> Lookup:
-    """The programs and model paths that a plan for this state asks about."""
-    return Lookup(
-        programs=tuple((program_of(wanted.spec), wanted.directory) for wanted in desired.wanted),
-        models=_questions(desired),
-        ports=frozenset(wanted.spec.port for wanted in desired.wanted if isinstance(wanted.spec.port, int)).union(
-            *(ports_of(pool) for pool in (desired.ports.llm, desired.ports.embedding, desired.ports.rerank))
-        ),
-    )
+def load_if_there(paths: tuple[str, ...], project: str | None) -> tuple[DesiredState | None, str]:
+    """What the manifests want, for a command that can do without; and why they are left out, if that is worth a note.
+
+    Those that are named must be good: raises InvalidManifests.
+    """
+    if not paths and not Path(DEFAULT_PATH).is_dir():
+        return None, ""
+    try:
+        return load(paths, project), ""
+    except InvalidManifests:
+        if paths:
+            raise
+        return None, f"{DEFAULT_PATH}/ is left out, because it is not valid: sage validate tells why"
 
 
-def _questions(desired: DesiredState) -> tuple[ModelQuestion, ...]:
-    """Paths, because they may be missing; and the models of all that goes on GPUs. The first engine of each asks."""
-    questions: dict[str, ModelQuestion] = {}
-    for wanted in desired.wanted:
-        spec, on_gpu = wanted.spec, needs_gpu(wanted.spec)
-        earlier = questions.get(spec.model)
-        if (is_path(spec.model) or on_gpu) and (earlier is None or (on_gpu and not earlier.shape)):
-            questions[spec.model] = ModelQuestion(model=spec.model, env=tuple(sorted(spec.env.items())), shape=on_gpu)
-    return tuple(questions.values())
-
-
-def local_host(desired: DesiredState | None = None, environment: Mapping[str, str] = os.environ) -> LocalHost:
+def local_host(desired: DesiredState | None = None, environment: Mapping[str, str] = os.environ) -> "LocalHost":
     """This machine, ready to be asked about a desired state, or just looked at.
 
     Raises Environment when the state is not ours alone: it could name any process of ours as an engine.
     """
+    from sage_reconcile.app.host import LocalHost
+
     root = trusted_root(state_root(environment))
     return LocalHost(root=root, lookup=lookup(desired) if desired else Lookup())
 

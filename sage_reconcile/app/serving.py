@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from sage_reconcile.app.host import LocalHost
+from sage_reconcile.app.planned import Planned, Watcher
 from sage_reconcile.app.project import load, local_host
-from sage_reconcile.app.verbs import ApplyOptions, Planned, Watcher, apply, down
+from sage_reconcile.app.verbs import ApplyOptions, apply, down
 from sage_reconcile.app.waiting import prove
 from sage_reconcile.core.facts import RouterFact
 from sage_reconcile.core.observed import ObservedState, project_engines

@@ -6,19 +6,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sage_reconcile.app.host import LocalHost
+from sage_reconcile.app.planned import Planned, Watcher
 from sage_reconcile.app.project import (
     load,
     local_host,
-    lookup,
     refuse_newer_state,
     refuse_other_source,
     revision,
 )
 from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.identity import EngineId
+from sage_reconcile.core.lookup import lookup
 from sage_reconcile.core.observed import ObservedState, project_engines
-from sage_reconcile.core.plan import Plan, PlanOptions
-from sage_reconcile.drive.executor import Beat
+from sage_reconcile.core.plan import PlanOptions
 from sage_reconcile.drive.reconciler import Outcome, apply_plan, sound_plan
 from sage_reconcile.errors import Environment, InvalidManifests, Refused, Usage
 from sage_reconcile.world.footprint_files import FootprintFiles
@@ -29,29 +29,6 @@ from sage_reconcile.world.state import check_writable
 
 # How long a look waits for answers while a plan is carried out: the next look comes soon.
 _LOOP_ANSWER_SECONDS = 0.2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
-    """A plan with what it was made from."""
-
-    plan: Plan
-    desired: DesiredState
-    observed: ObservedState
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Watcher:
-    """Whoever is told how an apply goes, and asked whether it may."""
-
-    show: Callable[[Planned], None]
-    # Asked once the plan was shown; True lets it be carried out.
-    approve: Callable[[], bool]
-    on_beat: Callable[[Beat], None]
-    # Told the plan that puts things back.
-    on_restore: Callable[[Plan], None]
-    # Told a sentence about something that was found and did not stop anything.
-    note: Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,19 +50,23 @@ class ApplyOptions:
     # The port of the router that comes with it; None leaves it to the manifests.
     router_port: int | None = None
 
+    @property
+    def for_plan(self) -> PlanOptions:
+        """What of it the plan depends on."""
+        return PlanOptions(
+            prune=self.prune,
+            take_over=self.take_over,
+            ready_seconds=self.ready_seconds,
+            waits=self.waits,
+            allow_moves=self.allow_moves,
+            only_shown=self.dry_run,
+        )
 
-def plan(
-    paths: tuple[str, ...],
-    *,
-    project: str | None,
-    prune: bool = True,
-    take_over: bool = False,
-    allow_moves: bool = False,
-) -> Planned:
+
+def plan(paths: tuple[str, ...], *, project: str | None, options: PlanOptions) -> Planned:
     """What `apply` would do now. Touches nothing. Raises Refused for another source, NewerState."""
     desired, host = load(paths, project), local_host()
     refuse_newer_state(host.root)
-    options = ApplyOptions(prune=prune, take_over=take_over, allow_moves=allow_moves, dry_run=True)
     return _planned(desired, host, options)
 
 
@@ -107,12 +88,12 @@ def apply(
         )
     if options.dry_run:
         refuse_newer_state(host.root)
-        return _planned(desired, host, options)
+        return _planned(desired, host, options.for_plan)
     with locked(lock_paths(os.environ), purpose=f"apply {desired.source}", wait_seconds=options.lock_seconds):
         refuse_newer_state(host.root)
         host.measured.keeps = True
         _make_room(host.root, desired.project, watcher)
-        planned = _planned(desired, host, options)
+        planned = _planned(desired, host, options.for_plan)
         if planned.plan.blocked and options.on_failure != "continue":
             return planned
         outcome = _carried_out(
@@ -127,19 +108,11 @@ def apply(
         return outcome
 
 
-def _planned(desired: DesiredState, host: LocalHost, options: ApplyOptions) -> Planned:
+def _planned(desired: DesiredState, host: LocalHost, options: PlanOptions) -> Planned:
     host.lookup = lookup(desired)
     observed = host.look()
     refuse_other_source(desired, observed, take_over=options.take_over)
-    plan_options = PlanOptions(
-        prune=options.prune,
-        take_over=options.take_over,
-        ready_seconds=options.ready_seconds,
-        waits=options.waits,
-        allow_moves=options.allow_moves,
-        only_shown=options.dry_run,
-    )
-    return Planned(plan=sound_plan(desired, observed, plan_options), desired=desired, observed=observed)
+    return Planned(plan=sound_plan(desired, observed, options), desired=desired, observed=observed)
 
 
 def _make_room(root: Path, project: str, watcher: Watcher) -> None:

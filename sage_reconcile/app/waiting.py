@@ -1,13 +1,13 @@
-"""wait: until engines are ready, or stopped, or the time is up. snapshot: the world as it is, in its one JSON form."""
+"""wait: until engines are ready, or stopped, or the time is up."""
 
 import os
 import time
 
 from sage_reconcile.app.host import LocalHost
-from sage_reconcile.app.project import load, local_host
+from sage_reconcile.app.project import local_host
 from sage_reconcile.app.verbs import matching
 from sage_reconcile.core.identity import EngineId
-from sage_reconcile.core.observed import Engine, ObservedState, model_of, observed_json, spec_of
+from sage_reconcile.core.observed import Engine, ObservedState, model_of, spec_of
 from sage_reconcile.core.progress import proof_order
 from sage_reconcile.errors import TimedOut
 from sage_reconcile.world.logs import logged_engines
@@ -65,9 +65,3 @@ def prove(host: LocalHost, observed: ObservedState) -> None:
         order = proof_order(engine, spec.kind, model_of(engine)) if spec is not None else None
         if order is not None:
             host.do(order)
-
-
-def snapshot(paths: tuple[str, ...], project: str | None) -> str:
-    """What one look sees, with the programs and models that the manifests of the paths ask for."""
-    host = local_host(load(paths, project) if paths else None)
-    return observed_json(host.look())

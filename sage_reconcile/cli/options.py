@@ -16,6 +16,10 @@ Paths = Annotated[
 Project = Annotated[str | None, typer.Option("-p", "--project", help="The project's name.")]
 Colour = Annotated[str, typer.Option("--color", metavar="auto|always|never", help="Colour in the output.")]
 Out = Annotated[str | None, typer.Option("--out", metavar="FILE", help="Write it to this file.")]
+Observed = Annotated[
+    str | None,
+    typer.Option("--observed", metavar="FILE", help="Plan for the machine of this snapshot, not for this one."),
+]
 Yes = Annotated[bool, typer.Option("-y", "--yes", "--auto-approve", help="Do not ask.")]
 
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sage_reconcile.app.verbs import Planned, Watcher
+from sage_reconcile.app.planned import Planned, Watcher
 from sage_reconcile.core.plan import Plan
 from sage_reconcile.drive.executor import Beat
 from sage_reconcile.drive.reconciler import Failure, Outcome

@@ -3,11 +3,15 @@
 import json
 import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sage_reconcile.cli.options import Colour, Paths, Project, Yes, chosen, paint_for, seconds_option
+from sage_reconcile.cli.options import Colour, Observed, Paths, Project, Yes, chosen, paint_for, seconds_option
+
+if TYPE_CHECKING:
+    from sage_reconcile.app.planned import Planned
+    from sage_reconcile.core.plan import PlanOptions
 
 _CHANGES_PENDING = 2
 
@@ -32,26 +36,41 @@ def plan(
     no_prune: NoPrune = False,
     take_over: TakeOver = False,
     allow_moves: AllowMoves = False,
+    observed: Observed = None,
     color: Colour = "auto",
 ) -> None:
     """Show what apply would change, and why. Touches nothing."""
-    from sage_reconcile.app import verbs
     from sage_reconcile.cli.outcome import blocked_error, show
+    from sage_reconcile.core.plan import PlanOptions
 
     chosen("-o", output, ("text", "json"))
-    planned = verbs.plan(
-        tuple(paths or ()), project=project, prune=not no_prune, take_over=take_over, allow_moves=allow_moves
-    )
+    options = PlanOptions(prune=not no_prune, take_over=take_over, allow_moves=allow_moves, only_shown=True)
+    planned = _planned(tuple(paths or ()), project, observed, options)
     if output == "json":
         from sage_reconcile.render.plan_json import plan_json
 
         print(json.dumps(plan_json(planned.plan, planned.observed), indent=2))
     else:
         show(planned, paint_for(color))
+    if observed is not None:
+        from sage_reconcile.render.plan_json import timestamp
+
+        seen = planned.observed
+        print(f"note: this is for {seen.node} as it was at {timestamp(seen.taken_at)}", file=sys.stderr)
     if planned.plan.blocked:
         raise blocked_error(planned.plan)
     if detailed_exitcode and planned.plan.changes:
         raise typer.Exit(_CHANGES_PENDING)
+
+
+def _planned(paths: tuple[str, ...], project: str | None, observed: str | None, options: "PlanOptions") -> "Planned":
+    if observed is not None:
+        from sage_reconcile.app import snapshots
+
+        return snapshots.plan(paths, observed, project=project, options=options)
+    from sage_reconcile.app import verbs
+
+    return verbs.plan(paths, project=project, options=options)
 
 
 def apply(

@@ -1,4 +1,4 @@
-"""`sage status`, `sage logs`, `sage wait`, `sage gpu` and `sage snapshot`: what is, without a plan."""
+"""`sage status`, `why`, `logs`, `wait`, `gpu` and `snapshot`: what is, and why."""
 
 import json
 import sys
@@ -89,12 +89,37 @@ def gpu(
     print(json.dumps(gpu_json(observed), indent=2) if output == "json" else gpu_text(observed, paint_for(color)))
 
 
+def why(
+    target: Annotated[str, typer.Argument(metavar="ID|gpuN")],
+    paths: Paths = None,
+    project: Project = None,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="text|json")] = "text",
+    color: Colour = "auto",
+) -> None:
+    """Explain an engine or a GPU: where, why there, why not, whose bytes."""
+    from sage_reconcile.app.why import why as ask
+    from sage_reconcile.render.why_json import why_json
+    from sage_reconcile.render.why_text import why_text
+
+    chosen("-o", output, ("text", "json"))
+    answer = ask(target, tuple(paths or ()), project)
+    if output == "json":
+        print(json.dumps(why_json(answer.engines, answer.devices, answer.observed), indent=2))
+    else:
+        print(why_text(answer.engines, answer.devices, answer.observed, paint_for(color)))
+    if answer.note:
+        print(f"note: {answer.note}", file=sys.stderr)
+
+
 def snapshot(
     paths: Paths = None,
     project: Project = None,
     out: Out = None,
 ) -> None:
-    """Write down what is seen on this machine, and what the manifests of the paths would need of it."""
-    from sage_reconcile.app.waiting import snapshot as look
+    """Write down what is seen on this machine, with all that a plan of the manifests asks, for --observed elsewhere."""
+    from sage_reconcile.app.snapshots import take
 
-    print_or_write(look(tuple(paths or ()), project), out)
+    text, note = take(tuple(paths or ()), project)
+    print_or_write(text, out)
+    if note:
+        print(f"note: {note}", file=sys.stderr)

@@ -9,6 +9,8 @@ from sage_reconcile.core.observed import Engine, ObservedState, project_engines,
 from sage_reconcile.core.plan import Blocked, Drift, PlanOptions
 from sage_reconcile.core.spec import canonical_json, written_fields
 
+_RAN_BEFORE = "it ran before the apply that failed"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
@@ -112,7 +114,7 @@ def _change(
 ) -> Change | None:
     """What must happen to one engine; None when it is as it should be."""
     if current is None:
-        reason, cause = _why_missing(wanted.id, observed, options)
+        reason, cause = ("restored", _RAN_BEFORE) if options.restoring else _missing(wanted.id, observed)
         return Change(id=wanted.id, start=wanted, action="start", reason=reason, cause=cause)
     if not current.leader_alive:
         return Change(
@@ -163,9 +165,13 @@ def _update_cause(
     return None
 
 
-def _why_missing(engine: EngineId, observed: ObservedState, options: PlanOptions) -> tuple[str, str]:
-    if options.restoring:
-        return "restored", "it ran before the apply that failed"
+def why_missing(engine: EngineId, observed: ObservedState) -> str:
+    """Why an engine that does not run does not."""
+    return _missing(engine, observed)[1]
+
+
+def _missing(engine: EngineId, observed: ObservedState) -> tuple[str, str]:
+    """The reason of a start, and its cause."""
     records = [record for record in observed.records if record.engine == engine]
     if any(record.leader.boot_id == observed.boot_id for record in records):
         pid = max(records, key=lambda record: record.started_at).leader.pid
@@ -206,7 +212,7 @@ def drift_of(observed: ObservedState, desired: DesiredState) -> tuple[Drift, ...
             continue
         engine = alive.get(applied.engine)
         if engine is None:
-            drift.append(Drift(engine=applied.engine, what=_why_missing(applied.engine, observed, PlanOptions())[1]))
+            drift.append(Drift(engine=applied.engine, what=why_missing(applied.engine, observed)))
         elif engine.state in ("unready", "stuck", "failed"):
             drift.append(Drift(engine=applied.engine, what=f"{engine.state}: {engine.reason}"))
     return tuple(drift)

@@ -13,6 +13,7 @@ from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.facts import RecordFact
 from sage_reconcile.core.housing import Candidate, Seat, out_of_the_question, seated
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
+from sage_reconcile.core.lookup import why_unasked
 from sage_reconcile.core.needs import Claim, Need, need_of, shape_of
 from sage_reconcile.core.observed import Engine, ObservedState, held_bytes, spec_of
 from sage_reconcile.core.placement import Taken, placement, port_of
@@ -38,11 +39,17 @@ class Placed:
 
 
 def placed(
-    changes: list[Change], found: Comparison, desired: DesiredState, observed: ObservedState, moves: Moves
+    changes: list[Change],
+    found: Comparison,
+    desired: DesiredState,
+    observed: ObservedState,
+    moves: Moves,
+    *,
+    only_shown: bool,
 ) -> Placed:
-    """A placement for each start, or a refusal for each that has none."""
+    """A placement for each start, or a refusal for each that has none. Only shown, it may be on made-up devices."""
     # (1)
-    ports, refusals = _ports_for(changes, found, desired, observed, options)
+    ports, refusals = _ports_for(changes, found, desired, observed, only_shown=only_shown)
     if refusals:
         return Placed(places={}, refusals=tuple(refusals))
     # (2)
@@ -127,7 +134,7 @@ def _movable(found: Comparison, desired: DesiredState, observed: ObservedState) 
     for engine in found.unchanged:
         one = wanted.get(engine.id)
         home = engine.resolved.placement.devices
-        if one is None or one.pin is not None or spec_of(engine) is None:
+        if one is None or one.pin is not None or spec_of(engine) is None or why_unasked(one.spec.model, observed):
             continue
         if not home or not set(home) <= {device.uuid for device in observed.devices}:
             continue
@@ -169,7 +176,7 @@ def _move(candidate: Candidate, seats: Mapping[EngineId, Seat]) -> Change:
 
 
 def _ports_for(
-    changes: list[Change], found: Comparison, desired: DesiredState, observed: ObservedState, options: PlanOptions
+    changes: list[Change], found: Comparison, desired: DesiredState, observed: ObservedState, *, only_shown: bool
 ) -> tuple[dict[EngineId, int], list[Blocked]]:
     """A port for each start that lacks nothing, and a refusal for each of the others."""
     stopping = {engine.leader for change in changes for engine in change.stops}
@@ -197,7 +204,7 @@ def _ports_for(
         predecessor = change.stops[-1] if change.stops else None
         port = port_of(wanted, desired, observed, predecessor, taken)
         if isinstance(port, int) and _wants_devices(wanted):
-            port = out_of_the_question(wanted, observed, made_up_will_do=options.only_shown) or port
+            port = out_of_the_question(wanted, observed, made_up_will_do=only_shown) or port
         if isinstance(port, int):
             port = _missing_part(wanted, observed, homeless) or port
         if isinstance(port, Refusal):
@@ -253,8 +260,11 @@ def _missing_part(wanted: Wanted, observed: ObservedState, homeless: set[EngineI
     if wanted.pin is not None:
         return None  # It ran with exactly this command: starting it again is the only question worth asking.
     program = next((fact for fact in observed.programs if fact.name == program_of(spec)), None)
-    if program is None:
-        return Refusal(reason="not_observed", why=f"nobody looked for the program {program_of(spec)}")
+    unasked = f"nobody looked for the program {program_of(spec)}" if program is None else ""
+    unasked = unasked or why_unasked(spec.model, observed)
+    if unasked:
+        return Refusal(reason="not_observed", why=unasked, would_help=("a new snapshot, taken with these manifests",))
+    assert program is not None
     if not program.argv:
         return Refusal(reason="program_missing", why=program.why, would_help=(runtime_of(spec).install_hint,))
     model = next((fact for fact in observed.models if fact.model == spec.model), None)

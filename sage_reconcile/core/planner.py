@@ -92,7 +92,7 @@ def _pass(desired: DesiredState, observed: ObservedState, options: PlanOptions, 
     # (2)
     changes, refused = list(found.changes), list(found.blocked)
     while True:
-        homes = placed(changes, found, desired, observed, moves)
+        homes = placed(changes, found, desired, observed, moves, only_shown=options.only_shown)
         if not homes.refusals and not homes.moves:
             break
         # The predecessor of a refused engine stays, and with it its port and its memory: what relied on them must be

@@ -42,6 +42,15 @@ def bytes_of(text: str) -> int:
     return int(amount)
 
 
+def size_text(size: int) -> str:
+    """A size as a person would have written it: in the largest unit that has no more than one decimal."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        tenths, rest = divmod(10 * size, _BYTES_PER_UNIT[unit])
+        if tenths and not rest:
+            return f"{tenths / 10:g}{unit}"
+    return f"{size}B"
+
+
 def seconds_of(written: str | int | float) -> float:
     """Seconds in a duration such as "30s", "1m30s" or "250ms"; a bare number is in seconds.
 

@@ -2,70 +2,102 @@
 
 from typing import Any
 
-from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, held_bytes
+from sage_reconcile.core.device_shares import Share, shares
+from sage_reconcile.core.observed import Device, Engine, Holder, Lingering, ObservedState, free_bytes, held_bytes
+from sage_reconcile.render.device_names import gib
+from sage_reconcile.render.lines import flowed, sentence
 from sage_reconcile.render.paint import PLAIN, Paint
 from sage_reconcile.render.plan_json import FORMAT_VERSION, timestamp
 
 _BAR_WIDTH = 48
-_GIB = 1024**3
 
 # What each letter of a bar stands for, and its colour.
 _PARTS = (("#", "green", "engines"), ("x", "yellow", "foreign"), ("-", "dim", "reserved"), (".", "dim", "free"))
+
+# Where the words of a share begin.
+_WORDS_AT = 10
 
 
 def gpu_text(observed: ObservedState, paint: Paint = PLAIN) -> str:
     """Each device with a bar and whose bytes they are, then what could not be seen."""
     lines: list[str] = []
     for device in observed.devices:
-        lines += [*_device(device, observed, paint), ""]
+        lines += [*device_lines(device, observed, paint), ""]
     if observed.devices:
         lines.append("".join(f"{paint(colour, letter)} {meaning}  " for letter, colour, meaning in _PARTS).rstrip())
     else:
         lines.append(f"no GPU is observed on {observed.node}")
-    lines += [f"cannot see: {gap.what}: {gap.why}" for gap in observed.gaps if "device" in gap.what]
+    for gap in observed.gaps:
+        if "device" in gap.what:
+            lines += sentence(f"{gap.what}: {gap.why}", before="cannot see: ", indent=4)
     return "\n".join(lines)
 
 
-def _device(device: Device, observed: ObservedState, paint: Paint) -> list[str]:
-    ours = [(engine, held) for engine in observed.engines if (held := held_bytes(engine, device.uuid))]
+def device_lines(device: Device, observed: ObservedState, paint: Paint) -> list[str]:
+    """One device: what it is, a bar, whose bytes they are, and what is wrong with it."""
+    mine = shares(device, observed)
     free = free_bytes(device, observed.engines)
-    extras = [
+    ours = sum(size for size, who in mine if isinstance(who, Engine))
+    lines = [
+        *_head(device, paint),
+        f"  [{_bar(device, ours, paint)}]  {gib(max(free, 0))} of {gib(device.total_bytes)} GiB free",
+    ]
+    for share in mine:
+        lines += share_lines(share, device, observed)
+    if device.closed:
+        lines += _painted(paint, "red", sentence(device.closed, before="  closed: ", indent=4))
+    if free < 0:
+        lines.append(paint("red", f"  over-full by {gib(-free)} GiB"))
+    for trouble in device.troubles:
+        lines += _painted(paint, "red", sentence(trouble, before="  ", indent=4))
+    return lines
+
+
+def _painted(paint: Paint, colour: str, lines: list[str]) -> list[str]:
+    return [paint(colour, line) for line in lines]
+
+
+def _head(device: Device, paint: Paint) -> list[str]:
+    extras = (
         f"{device.utilization_percent}% busy" if device.utilization_percent is not None else "",
         f"{device.temperature_celsius} C" if device.temperature_celsius is not None else "",
         f"{device.power_watts:.0f} W" if device.power_watts is not None else "",
-    ]
-    head = f"gpu{device.index}  {device.name}  {gib(device.total_bytes)} GiB"
-    slice_of = f"  slice of {device.parent}" if device.parent else ""
-    lines = [
-        f"{paint('bold', head)}{slice_of}  {', '.join(extra for extra in extras if extra)}".rstrip(),
-        f"  [{_bar(device, sum(held for _, held in ours), paint)}]  {gib(max(free, 0))} GiB free",
-    ]
-    rows = [(held, _engine_words(engine, device)) for engine, held in ours]
-    rows += [
-        (holder.used_bytes, f"foreign  pid {holder.pid} {holder.name} ({holder.user})") for holder in device.holders
-    ]
-    unnamed = device.foreign_bytes - sum(holder.used_bytes for holder in device.holders)
-    lingering = sum(entry.held_bytes for entry in device.lingering)
-    rows += [
-        (entry.held_bytes, f"not given back yet by {entry.engine.full}, which ended as pid {entry.pid}")
-        for entry in device.lingering
-    ]
-    unnamed -= lingering
-    rows += [(unnamed, "foreign  of no process that the driver names")] if unnamed > 0 else []
-    rows += [(device.reserved_bytes, "reserved by the driver")] if device.reserved_bytes else []
-    lines += [f"  {gib(size):>6}  {words}" for size, words in rows]
-    if device.closed:
-        lines.append(paint("red", f"  closed: {device.closed}"))
-    if free < 0:
-        lines.append(paint("red", f"  over-full by {gib(-free)} GiB"))
-    return lines + [paint("red", f"  {trouble}") for trouble in device.troubles]
+    )
+    name = paint("bold", f"gpu{device.index}  {device.name}")
+    told = ", ".join(extra for extra in extras if extra)
+    head = flowed([name, f"  {told}" if told else ""], indent=6)
+    return [*head, f"  {device.uuid}, a slice of gpu{device.index}"] if device.parent else head
 
 
-def _engine_words(engine: Engine, device: Device) -> str:
+def share_lines(share: Share, device: Device, observed: ObservedState) -> list[str]:
+    """How much it is, and whose."""
+    size, who = share
+    return flowed(_owner(who, device, observed, before=f"  {gib(size):>6}  "), indent=_WORDS_AT)
+
+
+def _owner(who: object, device: Device, observed: ObservedState, *, before: str) -> list[str]:
+    """Who has a part of a device, in parts of a line."""
+    match who:
+        case Engine():
+            return [before + who.id.full, *_engine_words(who, device, observed)]
+        case Holder():
+            return [f"{before}foreign  pid {who.pid} {who.name}", f" of {who.user}" if who.user != "?" else ""]
+        case Lingering():
+            return [f"{before}not given back yet by {who.engine.full},", f" which ended as pid {who.pid}"]
+        case "unnamed":
+            return [f"{before}foreign  of no process that the driver names"]
+        case _:
+            return [f"{before}reserved by the driver"]
+
+
+def _engine_words(engine: Engine, device: Device, observed: ObservedState) -> list[str]:
     place = engine.resolved.placement
-    uses = dict(engine.measured_bytes).get(device.uuid)
     planned = f"planned {gib(place.counted_bytes_per_device)}" if device.uuid in place.devices else "not planned here"
-    return f"{engine.id.full}  {planned}, uses {gib(uses) if uses is not None else '?'}"
+    unknown = any(gap.what == "device memory" and gap.subject == device.uuid for gap in observed.gaps)
+    uses = dict(engine.measured_bytes).get(device.uuid, 0)
+    used = "how much it uses is not told" if unknown else f"uses {gib(uses) if uses else 'nothing yet'}"
+    state = "" if engine.state == "ready" else f", {engine.state}"
+    return [f"  {planned},", f" {used}{state}"]
 
 
 def _bar(device: Device, ours_bytes: int, paint: Paint) -> str:
@@ -77,10 +109,6 @@ def _bar(device: Device, ours_bytes: int, paint: Paint) -> str:
         widths[widths.index(max(widths))] -= 1
     widths.append(_BAR_WIDTH - sum(widths))
     return "".join(paint(colour, letter * width) for (letter, colour, _), width in zip(_PARTS, widths, strict=True))
-
-
-def gib(size: int) -> str:
-    return f"{size / _GIB:.1f}"
 
 
 def gpu_json(observed: ObservedState) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from sage_reconcile.core.device_table import device_rows
 from sage_reconcile.core.observed import ObservedState
-from sage_reconcile.core.plan import Act, Plan, RelabelEngine, StartEngine, Step, StopEngine
+from sage_reconcile.core.plan import Act, Blocked, Plan, RelabelEngine, StartEngine, Step, StopEngine
 from sage_reconcile.core.refusal import Shortfall
 
 FORMAT_VERSION = "1.0"
@@ -40,21 +40,35 @@ def plan_json(plan: Plan, observed: ObservedState) -> dict[str, Any]:
         "steps": [_step(step, observed) for step in plan.steps],
         "acts": [_act(act) for act in plan.acts],
         "desired": [{"id": str(engine), "spec": json.loads(written)} for engine, written in plan.desired],
-        "blocked": [
-            {
-                "engine": str(blocked.engine),
-                "reason": blocked.reason,
-                "why": blocked.why,
-                "devices": [_shortfall(device) for device in blocked.devices],
-                "would_help": list(blocked.would_help),
-                "at": blocked.at,
-            }
-            for blocked in plan.blocked
-        ],
+        "blocked": [blocked_json(blocked) for blocked in plan.blocked],
         "unchanged": [str(engine) for engine in plan.unchanged],
         "kept": [str(engine) for engine in plan.kept],
         "devices": [asdict(row) for row in device_rows(plan, observed)],
         "summary": counts | {"unchanged": len(plan.unchanged), "blocked": len(plan.blocked)},
+    }
+
+
+def validation_json(plan: Plan, observed: ObservedState) -> dict[str, Any]:
+    """What `sage validate --observed` says of valid manifests: what has no place on the machine."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "valid": True,
+        "problems": [],
+        "observed": {"host": observed.node, "observed_at": timestamp(observed.taken_at)},
+        "placeable": not plan.blocked,
+        "blocked": [blocked_json(blocked) for blocked in plan.blocked],
+    }
+
+
+def blocked_json(blocked: Blocked) -> dict[str, Any]:
+    """A refusal: why, with each device, and what would help."""
+    return {
+        "engine": str(blocked.engine),
+        "reason": blocked.reason,
+        "why": blocked.why,
+        "devices": [shortfall_json(device) for device in blocked.devices],
+        "would_help": list(blocked.would_help),
+        "at": blocked.at,
     }
 
 
@@ -90,7 +104,7 @@ def observed_digest(observed: ObservedState) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def _shortfall(device: Shortfall) -> dict[str, Any]:
+def shortfall_json(device: Shortfall) -> dict[str, Any]:
     return {
         "index": device.index,
         "uuid": device.uuid,

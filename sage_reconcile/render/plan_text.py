@@ -1,12 +1,16 @@
 """A plan for a reader: drift first, then the steps with their causes, then what is blocked, then one summary line."""
 
 import json
+import re
 
 from sage_reconcile.core.device_table import device_rows
 from sage_reconcile.core.observed import ObservedState
 from sage_reconcile.core.plan import Blocked, Plan, Step
+from sage_reconcile.core.quantities import size_text
 from sage_reconcile.core.refusal import Shortfall
-from sage_reconcile.render.gpu_text import gib
+from sage_reconcile.core.resolved import Placement
+from sage_reconcile.render.device_names import device_name, gib
+from sage_reconcile.render.lines import WIDTH, flowed, sentence, words
 from sage_reconcile.render.paint import PLAIN, Paint
 
 SYMBOLS = {"start": "+", "stop": "-", "recreate": "-/+", "move": ">", "update": "~", "kept": ".", "blocked": "!"}
@@ -37,9 +41,14 @@ _VERBS = {
     "program_missing": "cannot start",
 }
 
-# Refusals read well on a terminal of 80 columns.
-_LINE_WIDTH = 80
+# Where a line that is too long goes on.
 _CONTINUED = 8
+
+# Where the memory of a placement is known from, as a reader is told it.
+SOURCES = {"name": "guessed by its name"}
+
+# What was written as 40GiB is carried as its bytes.
+_SIZE = re.compile(r'"(\d{1,18})B"', re.ASCII)
 
 # Longer values are cut: the manifest has them in full.
 _VALUE_WIDTH = 60
@@ -61,23 +70,25 @@ def plan_text(plan: Plan, observed: ObservedState, paint: Paint = PLAIN) -> str:
 def _head(plan: Plan, observed: ObservedState) -> list[str]:
     count = len(observed.devices)
     devices = f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU"
-    return [f"project {plan.project}  host {observed.node}  {devices}  {plan.source}"]
+    return flowed([f"project {plan.project}", f"  host {observed.node}", f"  {devices}", f"  {plan.source}"], indent=2)
 
 
 def _drift(plan: Plan, paint: Paint) -> list[str]:
     if not plan.drift:
         return []
-    lines = [f"  {paint('yellow', '~')} {drift.engine}  {drift.what}" for drift in plan.drift]
-    return ["Drift since the last apply:", *lines]
+    lines = ["Drift since the last apply:"]
+    for drift in plan.drift:
+        lines += sentence(drift.what, before=f"  {paint('yellow', '~')} {drift.engine}  ", indent=_CONTINUED)
+    return lines
 
 
 def _steps(plan: Plan, paint: Paint) -> list[str]:
     if not plan.steps:
         return []
-    legend = ", ".join(
-        f"{SYMBOLS[action]} {_MEANINGS[action]}" for action in _MEANINGS if action in _actions_used(plan)
-    )
-    lines = [f"Planned ({legend}):"]
+    used = _actions_used(plan)
+    legend = [f" {SYMBOLS[action]} {_MEANINGS[action]}," for action in _MEANINGS if action in used]
+    legend = [*legend[:-1], f"{legend[-1][:-1]}):"]
+    lines = flowed([f"Planned ({legend[0].lstrip()}", *legend[1:]], indent=2)
     for step in plan.steps:
         lines += _step(step, paint)
     return lines
@@ -90,36 +101,38 @@ def _actions_used(plan: Plan) -> set[str]:
 
 def _step(step: Step, paint: Paint) -> list[str]:
     symbol = paint(_COLOURS[step.action], SYMBOLS[step.action].ljust(3))
-    where = f"  port {step.placement.port}" if step.placement else ""
-    devices = (
-        f"  GPU {','.join(map(str, step.placement.device_indexes))}"
-        if step.placement and step.placement.devices
-        else ""
-    )
-    lines = [
-        f"  {symbol} {paint('bold', str(step.engine))}  {step.kind}  {step.model}  {step.runtime}{where}{devices}",
-        f"        {_reason(step)}",
-        *_memory(step),
-    ]
+    head = [f"  {symbol} {paint('bold', str(step.engine))}", f"  {step.kind}", f"  {step.model}", f"  {step.runtime}"]
+    if step.placement is not None:
+        head.append(f"  port {step.placement.port}")
+        head += [f"  {devices_text(step.placement)}"] if step.placement.devices else []
+    lines = [*flowed(head, indent=_CONTINUED), *sentence(_reason(step), before=" " * 8, indent=_CONTINUED)]
+    if step.placement is not None and step.placement.devices:
+        lines += flowed(memory_parts(step.placement, before="        memory "), indent=_CONTINUED + 2)
     width = max((len(change.path) for change in step.changes), default=0)
     for change in step.changes:
-        forces = "  # forces a restart" if change.is_identity else ""
-        at = f"  {change.at}" if change.at else ""
-        lines.append(f"        {change.path.ljust(width)}  {_value(change.old)} -> {_value(change.new)}{forces}{at}")
+        old, new = _value(change.old), _value(change.new)
+        parts = [f"        {change.path.ljust(width)}  {old}", f" -> {new}"]
+        parts += ["  # forces a restart"] if change.is_identity else []
+        lines += flowed([*parts, f"  {change.at}"] if change.at else parts, indent=_CONTINUED + 2)
     return lines
 
 
-def _memory(step: Step) -> list[str]:
-    """The memory that a start counts for, where that is known from, and what the engine is told."""
-    place = step.placement
-    if place is None or not place.devices:
-        return []
+def devices_text(place: Placement) -> str:
+    """GPU 0,1; slices, which share the index of their GPU, by name."""
+    if any(uuid.startswith("MIG-") for uuid in place.devices):
+        return ", ".join(device_name(*one) for one in zip(place.device_indexes, place.devices, strict=True))
+    return f"GPU {','.join(map(str, place.device_indexes))}"
+
+
+def memory_parts(place: Placement, *, before: str) -> list[str]:
+    """The memory that a placement counts for, where that is known from, and what the engine is told."""
     each = " on each" if len(place.devices) > 1 else ""
     beside = f" and {gib(place.context_bytes_per_device)} beside it" if place.context_bytes_per_device else ""
-    told = f"told {place.memory_fraction} of the device" if place.memory_told else "not told"
+    told = f" told {place.memory_fraction} of the device" if place.memory_told else " not told"
     if place.fraction_of_free:
-        told = f"told {place.fraction_of_free} of the {gib(place.free_at_start_bytes)} GiB that are free then"
-    return [f"        memory {gib(place.memory_bytes_per_device)} GiB{each}{beside}, {place.memory_source}, {told}"]
+        told = f" told {place.fraction_of_free} of the {gib(place.free_at_start_bytes)} GiB that are free then"
+    source = SOURCES.get(place.memory_source, place.memory_source)
+    return [f"{before}{gib(place.memory_bytes_per_device)} GiB{each}{beside},", f" {source},", told]
 
 
 def _reason(step: Step) -> str:
@@ -130,6 +143,8 @@ def _value(text: str) -> str:
     """A JSON value as people write it."""
     if json.loads(text) is None:
         return "(unset)"
+    if size := _SIZE.fullmatch(text):
+        return f'"{size_text(int(size[1]))}"'
     return text if len(text) <= _VALUE_WIDTH else text[:_VALUE_WIDTH] + "…"
 
 
@@ -140,44 +155,38 @@ def _blocked(plan: Plan, paint: Paint) -> list[str]:
     return lines
 
 
+def blocked_sentence(blocked: Blocked) -> str:
+    """What cannot be done, and why."""
+    return f"{_VERBS.get(blocked.reason, 'cannot place')} {blocked.engine}: {blocked.why}"
+
+
 def blocked_lines(blocked: Blocked, *, kept: bool, paint: Paint = PLAIN) -> list[str]:
     """A refusal: what cannot be done, why, and what would help."""
-    stays = "  (what runs is kept)" if kept else ""
-    verb = _VERBS.get(blocked.reason, "cannot place")
-    lines = [f"{paint('red', '!')} {verb} {blocked.engine}: {blocked.why}{stays}"]
-    if blocked.at:
-        lines[0] += f"  {blocked.at}"
-    lines += [line for device in blocked.devices for line in _shortfall(device)]
+    head = words(blocked_sentence(blocked), before=f"{paint('red', '!')} ")
+    head += ["  (what runs is kept)"] if kept else []
+    lines = flowed([*head, f"  {blocked.at}"] if blocked.at else head, indent=_CONTINUED)
+    lines += [line for device in blocked.devices for line in shortfall_lines(device)]
     if blocked.would_help:
         verb = "would fit with" if blocked.devices else "would help"
         first, *others = [f"{cure} | " for cure in blocked.would_help[:-1]] + [blocked.would_help[-1]]
-        lines += _wrapped([f"  {verb}: {first}", *others])
+        cures = words(first, before=f"  {verb}: ") if not others else [f"  {verb}: {first}", *others]
+        lines += flowed(cures, indent=_CONTINUED)
     return lines
 
 
-def _shortfall(device: Shortfall) -> list[str]:
-    """One device of a refusal: what is free, what is missing, and who has it."""
-    head = f"  gpu{device.index}  free {gib(max(device.free_bytes, 0))} of {gib(device.total_bytes)} GiB"
+def shortfall_lines(device: Shortfall, *, fits: str = "fits") -> list[str]:
+    """One device as an engine finds it: what is free, what is missing, and who has it."""
+    head = f"  {device_name(device.index, device.uuid)}  free {gib(max(device.free_bytes, 0))} of "
+    head += f"{gib(device.total_bytes)} GiB"
     if device.why_not:
-        return _wrapped([head, f"  {device.why_not}"])
+        return flowed([head, *words(device.why_not, before="  ")], indent=_CONTINUED)
     if not device.short_bytes:
-        return [f"{head}  fits"]
+        return [f"{head}  {fits}"]
     head += f"  short {gib(device.short_bytes)}"
     if not device.held_by:
         return [head]
     first, *others = [f"{who}, " for who in device.held_by[:-1]] + [device.held_by[-1]]
-    return _wrapped([head, f"  held by {first}", *others])
-
-
-def _wrapped(parts: list[str]) -> list[str]:
-    """Parts in a row, each whole, on as many lines as it takes; all but the first line are indented."""
-    lines = [parts[0]]
-    for part in parts[1:]:
-        if len(lines[-1]) + len(part.rstrip(" ,|")) > _LINE_WIDTH:
-            lines.append(" " * _CONTINUED + part.lstrip())
-        else:
-            lines[-1] += part
-    return [line.rstrip() for line in lines]
+    return flowed([head, f"  held by {first}", *others], indent=_CONTINUED)
 
 
 def _devices(plan: Plan, observed: ObservedState) -> list[str]:
@@ -189,19 +198,19 @@ def _devices(plan: Plan, observed: ObservedState) -> list[str]:
     lines = ["Device memory in GiB      now    peak   after      of"]
     for row in device_rows(plan, observed):
         sizes = (row.now_bytes, row.peak_bytes, row.after_bytes, row.total_bytes)
-        lines.append(f"  gpu{row.index}".ljust(21) + "".join(gib(size).rjust(8) for size in sizes) + f"  {row.name}")
+        name = f"  {device_name(row.index, row.uuid)}".ljust(21)
+        line = name + "".join(gib(size).rjust(8) for size in sizes) + f"  {row.name}"
+        lines.append(line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…")
     if plan.optimality != "proved":
         lines.append("  the search for places ended before it had tried all: there may be better ones")
     return lines
 
 
 def _notes(plan: Plan) -> list[str]:
-    lines = [f"note: {note}" for note in plan.notes]
     blocked = {entry.engine for entry in plan.blocked}
     kept = [str(engine) for engine in plan.kept if engine not in blocked]
-    if kept:
-        lines.append(f"note: not asked for, and left alone: {', '.join(kept)}")
-    return lines
+    notes = [*plan.notes, f"not asked for, and left alone: {', '.join(kept)}"] if kept else plan.notes
+    return [line for note in notes for line in sentence(note, before="note: ", indent=_CONTINUED)]
 
 
 def _summary(plan: Plan, paint: Paint) -> str:

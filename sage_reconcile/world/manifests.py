@@ -63,13 +63,16 @@ class _StackRead:
     problems: tuple[Problem, ...] = ()
 
 
-def load(paths: tuple[str, ...], *, project: str | None, home: str) -> DesiredState:
+def load(paths: tuple[str, ...], *, project: str | None, home: str, directory: str | None = None) -> DesiredState:
     """What the manifests at `paths` ask for: directories, or single files, all of one project.
 
     `project` is the name that the command line gives, None for none; `home` is what `~/` means in a model's path.
+    `directory` is the real path of the directory on another machine that the files are for, None for where they lie.
     Raises ProblemsFound with every mistake in every file.
     """
     reading = read(paths)
+    if directory is not None:
+        reading = replace(reading, directory=directory)
     documents = {one.name: scan(one.file, one.content) for one in reading.files}
     settings_documents = [documents[name] for name in SETTINGS_NAMES if name in documents]
     stacks = tuple(_stack(document) for name, document in documents.items() if name not in SETTINGS_NAMES)

@@ -20,6 +20,7 @@ from sage_reconcile.core.runtimes.base import (
     told_by_sage,
     whole_number,
 )
+from sage_reconcile.core.runtimes.startup_log import sglang_log
 from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import EngineSpec, needs_gpu, served_model
 
@@ -166,6 +167,7 @@ SGLANG = Runtime(
     recognise=_recognise,
     serving=_serving,
     tells=_told,
+    measured_log=sglang_log,
     budgeted=True,
     static_bytes=static_bytes,
     splits_heads=True,
