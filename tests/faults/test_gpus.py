@@ -477,8 +477,9 @@ def test_g6_without_nvml_gpu_engines_are_refused_and_others_are_managed(place: P
         assert "lab/more" in ran.stdout
         assert place.pids().keys() == {"lab/chat", f"lab/cpu{number}"}
         if "SAGE_GPU_MOCK_COUNT" in variables:
-            plan = place.sage("plan", str(place.manifests), **variables).stdout
-            assert "Mock GPU 1" in plan and "this plan can be looked at, and not applied" in plan
+            shown = json.loads(place.sage("plan", str(place.manifests), "-o", "json", **variables).stdout)
+            assert [step["engine"] for step in shown["steps"]] == ["lab/more"]
+            assert any("can be looked at, and not applied" in note for note in shown["notes"])
         # All that is wanted now runs, or needs no GPU: nothing is in the way.
         place.write(chat)
         place.apply(**variables)
