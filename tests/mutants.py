@@ -127,8 +127,8 @@ MUTANTS = (
     Mutant(
         bug="restore on the look before the last orders",
         file="sage_reconcile/drive/reconciler.py",
-        old="restore = sound_plan(target, host.look(), options)",
-        new="restore = sound_plan(target, done.observed, options)",
+        old="restore = sound_plan(target, observed, options)",
+        new="restore = sound_plan(target, failed.observed, options)",
         caught_by=("tests/drive/test_reconciler.py", "tests/core/test_worlds.py"),
     ),
     Mutant(
@@ -232,8 +232,8 @@ MUTANTS = (
     Mutant(
         bug="an apply goes on after a line that could not be written",
         file="sage_reconcile/core/progress.py",
-        old="    if progress.unwritten or (progress.failures and not progress.keep_going):\n        return False\n",
-        new="    if progress.failures and not progress.keep_going:\n        return False\n",
+        old="return bool(self.unwritten or (self.failures and not self.keep_going))",
+        new="return bool(self.failures and not self.keep_going)",
         caught_by=("tests/drive",),
     ),
     Mutant(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants import MUTANTS
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sage_reconcile"
 
@@ -176,3 +178,9 @@ print([name for name in ("aiohttp", "deepdiff", "asyncio") if name in sys.module
 """
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_bug_that_can_be_planted_has_its_place() -> None:
+    """`make mutants` plants them; it takes half an hour, so what went stale is told here."""
+    stale = [mutant.bug for mutant in MUTANTS if mutant.old not in (ROOT / mutant.file).read_text(encoding="utf-8")]
+    assert stale == []
