@@ -386,8 +386,8 @@ MUTANTS = (
     Mutant(
         bug="an engine on the CPU sees every GPU",
         file="sage_reconcile/core/runtimes/base.py",
-        old="    chosen = placement.devices if names",
-        new="    if not placement.devices:\n        return {}\n    chosen = placement.devices if names",
+        old="    chosen = placement.devices if numbers",
+        new="    if not placement.devices:\n        return {}\n    chosen = placement.devices if numbers",
         caught_by=("tests/faults/test_gpus.py::use_gpu_decides",),
     ),
     Mutant(

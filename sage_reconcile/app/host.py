@@ -12,7 +12,16 @@ from pathlib import Path
 from types import FrameType
 
 from sage_reconcile.app.measured import Measured
-from sage_reconcile.core.facts import Facts, Gap, HealthFact, KnownEngine, ModelFact, RecordFact
+from sage_reconcile.core.facts import (
+    DeviceFact,
+    Facts,
+    Gap,
+    HealthFact,
+    KnownEngine,
+    ModelFact,
+    ProcessFact,
+    RecordFact,
+)
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.label import LEADER, leader_text, variables
 from sage_reconcile.core.ledger import ledger
@@ -177,9 +186,8 @@ class LocalHost:
         match order:
             case Spawn(act=act):
                 return self._spawn(act)
-            case Mark(engine=engine, leader=leader, phase=phase):
-                records = Records(self.root)
-                records.write(replace(records.of(engine, leader), phase=phase))
+            case Mark():
+                self._mark(order)
             case Terminate(processes=targets):
                 self._signal(targets, signal.SIGTERM)
             case Kill(processes=targets):
@@ -191,6 +199,14 @@ class LocalHost:
                 record = records.of(act.engine, act.leader)
                 records.write(replace(record, policy=act.written, source=act.source, phase=""))
         return None
+
+    def _mark(self, order: Mark) -> None:
+        """A record that is new, because the state was lost, gets the label too: it tells whose memory is not back."""
+        records = Records(self.root)
+        record = records.of(order.engine, order.leader)
+        known = self._known.get(order.leader)
+        label = record.label or (known.label if known is not None else ())
+        records.write(replace(record, phase=order.phase, label=label))
 
     def _spawn(self, act: StartEngine) -> Spawned:
         """Gate, record, look once more at the port, release: no engine runs that was not written down.
@@ -238,26 +254,48 @@ class LocalHost:
         self._known[gated.identity] = KnownEngine(leader=gated.identity, label=whole_label, members=(gated.identity,))
         self._holds[gated.identity] = gated
         for record in earlier:
-            with contextlib.suppress(Environment):
-                Records(self.root).forget(record.engine, record.leader)
+            # As long as its memory is not back, a record tells whose that is, and keeps the device closed.
+            if record.leader.pid not in self._holding():
+                with contextlib.suppress(Environment):
+                    Records(self.root).forget(record.engine, record.leader)
         return Spawned(leader=gated.identity)
+
+    def _orphaned(self, act: StartEngine) -> tuple[tuple[str, int], ...]:
+        """What nobody held of the devices of a start at the last look, where there was anything."""
+        devices = self._observed.devices if self._observed is not None else ()
+        mine = [device for device in devices if device.uuid in act.resolved.placement.devices]
+        return tuple((device.uuid, device.orphaned_bytes) for device in mine if device.orphaned_bytes)
+
+    def _holding(self) -> set[int]:
+        """The pids of dead engines whose memory was not back at the last look."""
+        devices = self._observed.devices if self._observed is not None else ()
+        return {entry.pid for device in devices for entry in device.lingering}
 
     def _device_trouble(self, act: StartEngine) -> Spawned | None:
         """What comes of a start whose devices are not as planned, right before the program runs; None when they are.
 
         Others may have taken memory since the last look, or the driver may have gone.
         """
-        if not act.resolved.placement.devices:
+        wanted = set(act.resolved.placement.devices)
+        if not wanted:
             return None
-        assert self._facts is not None and self._observed is not None
         devices, gaps = self._gpus.look()
-        alive = {fact.identity.pid: fact for fact in self._facts.processes if fact.alive}
+        assert self._facts is not None
+        if not self._trouble_on(act, devices, self._facts.processes):
+            return None
+        # Told once more with the processes of now: whoever holds the memory may have come since the last look.
+        found, _ = processes.processes(node=self.node, boot=self.boot, logs=str(self.root))
+        why = self._trouble_on(act, devices, found)
+        if not why:
+            return None
+        unseen = not wanted <= {device.uuid for device in devices}
+        return Spawned(leader=None, why=f"{why}: {gaps[0].why}" if unseen and gaps else why, unseen=unseen)
+
+    def _trouble_on(self, act: StartEngine, devices: tuple[DeviceFact, ...], found: tuple[ProcessFact, ...]) -> str:
+        assert self._facts is not None and self._observed is not None
+        alive = {fact.identity.pid: fact for fact in found if fact.alive}
         now = ledger(replace(self._facts, devices=devices), self._observed.engines, alive)
-        why = trouble_on(act, now, self._observed.engines)
-        unseen = not set(act.resolved.placement.devices) <= {device.uuid for device in now}
-        if unseen and gaps:
-            why += f": {gaps[0].why}"
-        return Spawned(leader=None, why=why, unseen=unseen) if why else None
+        return trouble_on(act, now, self._observed.engines)
 
     def _write_down(
         self, act: StartEngine, leader: ProcessIdentity, label: tuple[tuple[str, str], ...], log: Path
@@ -273,6 +311,7 @@ class LocalHost:
                 from_start=True,
                 label=label,
                 started_at=time.time(),
+                orphaned=self._orphaned(act),
                 restarts=_restarts(earlier),
                 log=str(log),
                 program_version=self._version_of(act),

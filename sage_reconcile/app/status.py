@@ -8,6 +8,7 @@ from pathlib import Path
 from sage_reconcile.app.project import local_host
 from sage_reconcile.app.verbs import matching
 from sage_reconcile.core.facts import AppliedFact, RecordFact
+from sage_reconcile.core.label import parse_label
 from sage_reconcile.core.observed import Engine, ObservedState
 from sage_reconcile.world import processes
 from sage_reconcile.world.logs import log_path, logged_engines, previous_log
@@ -16,8 +17,9 @@ from sage_reconcile.world.state import state_root
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Missing:
-    """An engine of the last applied revision that does not run."""
+    """An engine that does not run: one of the last applied revision, or one that ended and is stuck."""
 
+    # Of one that nothing asks for any more: what it was.
     applied: AppliedFact
     # The record of its last process; None when there is none.
     record: RecordFact | None
@@ -42,8 +44,8 @@ def status(engine: str | None, project: str | None) -> Status:
     """All engines of this user, or the ones that an id names. Raises Usage."""
     observed = local_host().look()
     running = {found.id for found in observed.engines}
-    applied = {fact.engine for fact in observed.applied}
-    shown = running | applied
+    not_running = (*observed.applied, *_stuck(observed))
+    shown = running | {fact.engine for fact in not_running}
     if engine is not None:
         shown = matching(engine, shown, project)
     elif project is not None:
@@ -54,10 +56,26 @@ def status(engine: str | None, project: str | None) -> Status:
         engines=engines,
         missing=tuple(
             Missing(applied=fact, record=_last_record(observed, fact))
-            for fact in observed.applied
+            for fact in not_running
             if fact.engine in shown - running
         ),
         uptimes=tuple((found.leader.pid, time.time() - processes.started_at(found.leader)) for found in engines),
+    )
+
+
+def _stuck(observed: ObservedState) -> tuple[AppliedFact, ...]:
+    """The engines that nothing asks for any more, and whose last process has not given its memory back."""
+    pids = {entry.pid for device in observed.devices if device.closed for entry in device.lingering}
+    applied = {fact.engine for fact in observed.applied}
+    labels = {
+        record.engine: label
+        for record in observed.records
+        if record.leader.pid in pids and (label := parse_label(dict(record.label))) is not None
+    }
+    return tuple(
+        AppliedFact(engine=engine, written=label.written, at=0.0)
+        for engine, label in sorted(labels.items())
+        if engine not in applied
     )
 
 

@@ -182,6 +182,7 @@ def _carried_out(
         raise Refused("not approved: nothing was done")
     applied = {fact.engine: fact.written for fact in before.applied if fact.engine.project == desired.project}
     if not plan.changes and not plan.awaited and dict(revision) == applied:
+        _forget_the_dead(host, before, desired.project, {engine for engine, _ in revision})
         return Outcome(result="converged", plan=plan, observed=before)
     host.answer_seconds, host.cuts_logs = _LOOP_ANSWER_SECONDS, True
     with host.interruptible():
@@ -201,24 +202,24 @@ def _carried_out(
     kept = {"converged": {engine for engine, _ in revision}, "restored": {applied.engine for applied in before.applied}}
     try:
         if outcome.result in kept:
-            _forget_the_dead(host, desired.project, kept[outcome.result])
+            _forget_the_dead(host, host.look(), desired.project, kept[outcome.result])
     except Environment as error:
         # What came of the apply is told all the same.
         return replace(outcome, unwritten=outcome.unwritten or error.message)
     return outcome
 
 
-def _forget_the_dead(host: LocalHost, project: str, kept: set[EngineId]) -> None:
-    """Records of processes that were stopped, or that nobody wants any more, have nothing left to hint at."""
-    observed = host.look()
+def _forget_the_dead(host: LocalHost, observed: ObservedState, project: str, kept: set[EngineId]) -> None:
+    """Records of processes that were stopped, replaced, or wanted by nobody any more have nothing left to hint at."""
     alive = {engine.leader for engine in observed.engines}
+    replaced = {engine.id for engine in observed.engines if engine.leader_alive}
     # As long as its memory is not back, its record tells whose that is, and keeps the device closed.
     holding = {entry.pid for device in observed.devices for entry in device.lingering}
     records = Records(host.root)
     for record in records.read():
         if record.engine.project != project or record.leader in alive or record.leader.pid in holding:
             continue
-        if record.phase == "stopping" or record.engine not in kept:
+        if record.phase in ("stopping", "stuck") or record.engine in replaced or record.engine not in kept:
             records.forget(record.engine, record.leader)
 
 

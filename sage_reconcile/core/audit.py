@@ -162,8 +162,8 @@ def _device_violations(
         if used > capacity:
             yield Violation(law="no device is over-full", what=f"{uuid} would hold {used} bytes with {act.engine}")
     # The number of a slice is that of its whole GPU.
-    indexes = [str(devices[uuid].index) for uuid in place.devices if uuid in devices and not devices[uuid].parent]
-    shown = {",".join(place.devices)} | ({",".join(indexes)} if len(indexes) == len(place.devices) else set())
+    numbers = [str(devices[uuid].number) for uuid in place.devices if uuid in devices and not devices[uuid].parent]
+    shown = {",".join(place.devices)} | ({",".join(numbers)} if len(numbers) == len(place.devices) else set())
     visible = dict(act.env).get("CUDA_VISIBLE_DEVICES")
     if visible not in shown:
         yield Violation(law="an engine sees its planned devices", what=f"{act.engine} would see {visible!r}")

@@ -82,7 +82,9 @@ def _start(
     if wanted is None:
         return None
     spec, place, runtime = wanted.spec, placed[wanted.id], runtime_of(wanted.spec)
-    env = {**spec.env, **runtime.env(spec, place), **device_env(spec, place, runtime.device_names), "SPT_NOENV": "1"}
+    counted = {device.uuid: device.number for device in observed.devices}
+    numbers = tuple(counted[uuid] for uuid in place.devices) if runtime.device_names == "index" else None
+    env = {**spec.env, **runtime.env(spec, place), **device_env(spec, place, numbers), "SPT_NOENV": "1"}
     return StartEngine(
         step=step,
         after=(),

@@ -53,7 +53,7 @@ class DeviceProcess:
 class DeviceFact:
     """A GPU, or a MIG slice of one: then the GPU itself is no device."""
 
-    # The GPU's index as NVML counts, in the order of the PCI bus; slices have that of their GPU.
+    # The GPU's index as NVML counts, which promises no order; slices have that of their GPU.
     index: int
     uuid: str
     name: str
@@ -140,6 +140,8 @@ class RecordFact:
     # The port that it was placed on.
     port: int = 0
     started_at: float = 0.0
+    # What nobody held of its devices when it started, by UUID: that was never its own.
+    orphaned: tuple[tuple[str, int], ...] = ()
     restarts: int = 0
     log: str = ""
     # ProgramFact.version of its program when it was started; None when nobody wrote that down.

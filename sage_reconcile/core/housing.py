@@ -248,7 +248,8 @@ def _why_not(candidate: Candidate, device: Device) -> str:
 
 def out_of_the_question(wanted: Wanted, observed: ObservedState, *, made_up_will_do: bool) -> Refusal | None:
     """Why no search could find devices for it; None when one might."""
-    gap = next((gap for gap in observed.gaps if gap.what == "devices"), None)
+    unseen = ("devices",) if observed.devices else ("devices", "device", "lost device")
+    gap = next((gap for gap in observed.gaps if gap.what in unseen), None)
     if gap is not None:
         return Refusal(reason="not_observed", why=f"it needs a GPU, and {gap.why}")
     if not observed.devices:
@@ -324,7 +325,10 @@ def _shortfall(candidate: Candidate, number: int, puzzle: _Puzzle, packing: Pack
         if (size := held_bytes(engine, device.uuid))
     ]
     held += [(holder.used_bytes, f"foreign pid {holder.pid} {holder.name}") for holder in device.holders]
+    dead = [entry for entry in device.lingering if entry.engine != candidate.wanted.id]
+    held += [(entry.held_bytes, f"{entry.engine}, which ended as pid {entry.pid}") for entry in dead]
     unnamed = device.foreign_bytes - sum(holder.used_bytes for holder in device.holders)
+    unnamed -= sum(entry.held_bytes for entry in device.lingering)
     held += [(unnamed, "memory that no process holds")] if unnamed > 0 else []
     held += [(puzzle.desired.reserve_bytes, "device_reserve")] if puzzle.desired.reserve_bytes else []
     pinned = puzzle.pinned(candidate)

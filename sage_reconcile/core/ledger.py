@@ -56,7 +56,7 @@ def ledger(facts: Facts, engines: Iterable[Engine], processes: Mapping[int, Proc
     """The devices, in the order of their indexes. `processes` are the live ones, by pid."""
     engines = tuple(engines)
     facts = judged(facts, engines, processes)
-    islands = _islands(facts.devices)
+    islands, numbers = _islands(facts.devices), _numbers(facts.devices)
     view = _View(
         facts=facts,
         engines=engines,
@@ -64,7 +64,7 @@ def ledger(facts: Facts, engines: Iterable[Engine], processes: Mapping[int, Proc
         dead=_dead(facts, engines, processes),
     )
     return tuple(
-        _device(fact, view, islands[fact.uuid])
+        _device(fact, view, islands[fact.uuid], numbers.get(fact.index))
         for fact in sorted(facts.devices, key=lambda fact: (fact.index, fact.uuid))
     )
 
@@ -155,7 +155,7 @@ def _runs_still(leader: ProcessIdentity, facts: Facts, processes: Mapping[int, P
     return process is not None and process.identity == leader
 
 
-def _device(fact: DeviceFact, view: _View, island: int) -> Device:
+def _device(fact: DeviceFact, view: _View, island: int, cuda_number: int | None) -> Device:
     ours = {process.pid for engine in view.engines for process in engine.members}
     holders = tuple(
         _holder(process.pid, process.used_bytes, view.processes)
@@ -184,6 +184,7 @@ def _device(fact: DeviceFact, view: _View, island: int) -> Device:
         power_watts=fact.power_watts,
         troubles=fact.troubles,
         parent=fact.parent,
+        cuda_number=cuda_number,
     )
 
 
@@ -202,15 +203,15 @@ def _ours(fact: DeviceFact, engines: tuple[Engine, ...], pids: set[int]) -> int:
 def _lingering(fact: DeviceFact, view: _View, orphaned: int) -> tuple[Lingering, ...]:
     """Orphaned memory, given out to the dead that had a place here, the latest first, each no more than it could have.
 
-    An engine that used more than it was given leaves the rest to nobody: that stays foreign.
+    An engine that used more than it was given leaves the rest to nobody: that stays foreign. So does what nobody held
+    before it started: an older driver counts its own memory as used, and other containers are not seen.
     """
-    if orphaned <= DRIVER_SLACK_BYTES:
-        return ()
     found = []
     for dead in view.dead:
-        if fact.uuid not in dead.placement.devices or orphaned <= 0:
+        mine = orphaned - dict(dead.record.orphaned).get(fact.uuid, 0)
+        if fact.uuid not in dead.placement.devices or mine <= DRIVER_SLACK_BYTES:
             continue
-        held = min(orphaned, dead.placement.counted_bytes_per_device)
+        held = min(mine, dead.placement.counted_bytes_per_device)
         orphaned -= held
         found.append(Lingering(engine=dead.record.engine, pid=dead.record.leader.pid, held_bytes=held))
     return tuple(found)
@@ -230,6 +231,17 @@ def _holder(pid: int, used_bytes: int, processes: Mapping[int, ProcessFact]) -> 
     if process is None:
         return Holder(pid=pid, name=_UNKNOWN, user=_UNKNOWN, used_bytes=used_bytes)
     return Holder(pid=pid, name=program_name(process.argv)[:60], user=process.user, used_bytes=used_bytes)
+
+
+def _numbers(facts: tuple[DeviceFact, ...]) -> dict[int, int]:
+    """How CUDA counts GPUs that it is told to count in PCI order, by their index; empty where a bus is not known.
+
+    The numbers of GPUs that are not seen stay theirs.
+    """
+    buses = {fact.index: fact.bus_id.lower() for fact in facts}
+    if not all(buses.values()):
+        return {}
+    return dict(zip(sorted(buses, key=lambda index: buses[index]), sorted(buses), strict=True))
 
 
 def _islands(facts: tuple[DeviceFact, ...]) -> dict[str, int]:

@@ -70,6 +70,13 @@ class Device:
     troubles: tuple[str, ...] = ()
     # The UUID of the GPU that a slice is of; empty for a GPU.
     parent: str = ""
+    # By which number CUDA knows it, in the order of the PCI bus; None: by its index.
+    cuda_number: int | None = None
+
+    @property
+    def number(self) -> int:
+        """What CUDA_VISIBLE_DEVICES calls it, where it is not called by its UUID."""
+        return self.index if self.cuda_number is None else self.cuda_number
 
     @property
     def made_up(self) -> bool:

@@ -89,7 +89,7 @@ class Spawned:
     # None when nothing was started.
     leader: ProcessIdentity | None
     why: str = ""
-    # Whether that is because its devices cannot be seen.
+    # As in ActProgress.
     unseen: bool = False
 
 
@@ -168,9 +168,10 @@ def finished(plan: Plan, progress: Progress) -> bool:
     return all(entry.ended or _cannot_begin(plan, progress, index) for index, entry in enumerate(progress.entries))
 
 
-def failed(progress: Progress, index: int, why: str, *, environment: bool = False) -> Progress:
-    """The progress after an order could not be carried out; `environment` as in ActProgress."""
-    return _with(progress, index, replace(progress.entries[index], phase="failed", why=why, environment=environment))
+def failed(progress: Progress, index: int, why: str, *, environment: bool = False, unseen: bool = False) -> Progress:
+    """The progress after an order could not be carried out; `environment` and `unseen` as in ActProgress."""
+    entry = replace(progress.entries[index], phase="failed", why=why, environment=environment, unseen=unseen)
+    return _with(progress, index, entry)
 
 
 def unwritable(progress: Progress, why: str, begun: Collection[int] = ()) -> Progress:
@@ -186,7 +187,7 @@ def spawned(progress: Progress, index: int, result: Spawned) -> Progress:
     """The progress after a Spawn was carried out."""
     entry = progress.entries[index]
     if result.leader is None:
-        return _with(progress, index, replace(entry, phase="failed", why=result.why, unseen=result.unseen))
+        return failed(progress, index, result.why, unseen=result.unseen)
     return _with(progress, index, replace(entry, leader=result.leader))
 
 
@@ -343,7 +344,8 @@ def _starting(
         if verdict.answer == "wait":
             return replace(entry, waits_for=verdict.why), ()
         if verdict.answer == "fail":
-            return replace(entry, phase="failed", why=verdict.why, unseen=verdict.unseen), ()
+            marks = tuple(Mark(engine=act.engine, leader=leader, phase="stuck") for leader in verdict.stuck)
+            return replace(entry, phase="failed", why=verdict.why, unseen=verdict.unseen), marks
         return replace(entry, phase="starting", since=now, waits_for=""), (Spawn(act=act),)
     assert entry.leader is not None
     if not act.waits and _failure(act.engine, entry.leader, _engine(observed, entry.leader), observed) == "":

@@ -7,6 +7,7 @@ its acts others may have taken what was free.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.ledger import DRIVER_SLACK_BYTES
 from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, held_bytes
 from sage_reconcile.core.plan import StartEngine, StopEngine
@@ -39,6 +40,8 @@ class Verdict:
     why: str = ""
     # Whether it failed because the devices are out of sight.
     unseen: bool = False
+    # Dead processes of the engine whose memory was waited for and did not come back.
+    stuck: tuple[ProcessIdentity, ...] = ()
 
 
 def readings(before: Iterable[Reading], observed: ObservedState, now: float) -> tuple[Reading, ...]:
@@ -57,7 +60,8 @@ def may_start(
 ) -> Verdict:
     """Whether the devices of a start are in sight, at rest, and have room.
 
-    Where memory of the dead is all that is missing, it is waited for.
+    Memory of dead engines is waited for, also where there is room without it: what comes back while an engine starts
+    spoils what it measures. Where the engine's own last process does not give it back, there is no start.
     """
     place = act.resolved.placement
     devices = [device for device in observed.devices if device.uuid in place.devices]
@@ -73,6 +77,12 @@ def may_start(
     rest = {reading.uuid: now - reading.since for reading in read}
     if waited_seconds < LONGEST_WAIT_SECONDS and any(rest.get(uuid, 0.0) < SETTLED_SECONDS for uuid in place.devices):
         return Verdict(answer="wait", why="the memory of its devices still moves")
+    lingering = _lingering(devices)
+    if lingering and waited_seconds < LONGEST_WAIT_SECONDS:
+        return Verdict(answer="wait", why=lingering)
+    stuck = _own_dead(act, devices, observed)
+    if stuck:
+        return Verdict(answer="fail", why=f"{lingering}: it did not come back", stuck=stuck)
     trouble = trouble_on(act, observed.devices, observed.engines)
     if not trouble:
         return Verdict(answer="go")
@@ -84,6 +94,25 @@ def may_start(
     if comes_back and waited_seconds < LONGEST_WAIT_SECONDS:
         return Verdict(answer="wait", why=trouble)
     return Verdict(answer="fail", why=trouble)
+
+
+def _lingering(devices: Iterable[Device]) -> str:
+    """What dead engines have not given back of these devices, in a sentence; empty when there is nothing."""
+    parts = [
+        f"{entry.held_bytes / _GIB:.1f} GiB of gpu{device.index} are still held by {entry.engine}, which ended as pid "
+        f"{entry.pid}"
+        for device in devices
+        for entry in device.lingering
+    ]
+    return ", ".join(parts)
+
+
+def _own_dead(act: StartEngine, devices: Iterable[Device], observed: ObservedState) -> tuple[ProcessIdentity, ...]:
+    """The dead processes of this very engine that hold memory of these devices."""
+    pids = {entry.pid for device in devices for entry in device.lingering if entry.engine == act.engine}
+    return tuple(
+        record.leader for record in observed.records if record.engine == act.engine and record.leader.pid in pids
+    )
 
 
 def _out_of_sight(act: StartEngine, seen: Iterable[Device], observed: ObservedState, waited_seconds: float) -> Verdict:
@@ -104,12 +133,24 @@ def trouble_on(act: StartEngine, devices: Iterable[Device], engines: Iterable[En
     place, engines = act.resolved.placement, tuple(engines)
     by_uuid = {device.uuid: device for device in devices}
     told = dict(act.env).get("CUDA_VISIBLE_DEVICES", "")
-    for uuid, index in zip(place.devices, place.device_indexes, strict=True):
+    names = place.devices if told == ",".join(place.devices) else tuple(told.split(","))
+    for uuid, planned, name in zip(place.devices, place.device_indexes, names, strict=True):
         device = by_uuid.get(uuid)
         if device is None:
-            return f"gpu{index} is out of sight"
-        if device.index != index and told != ",".join(place.devices):
-            return f"gpu{index} is counted as gpu{device.index} now, and its runtime knows devices by their numbers"
+            return f"gpu{planned} is out of sight"
+        index = device.index
+        if device.closed:
+            return f"gpu{index} is closed: {device.closed}"
+        if name not in (uuid, str(device.number)):
+            return (
+                f"what was number {name} is number {device.number} now, and its runtime knows devices by their numbers"
+            )
+        share = place.memory_fraction * device.total_bytes
+        if place.memory_told and share > place.memory_bytes_per_device + DRIVER_SLACK_BYTES:
+            return (
+                f"gpu{index} has {device.total_bytes / _GIB:.1f} GiB in all now, of which it would be told to use "
+                f"{share / _GIB:.1f}, and {place.memory_bytes_per_device / _GIB:.1f} were planned"
+            )
         free = free_bytes(device, engines)
         if free < place.counted_bytes_per_device:
             return (

@@ -140,6 +140,11 @@ def devices_json(observed: ObservedState) -> list[dict[str, Any]]:
             "power_watts": device.power_watts,
             "island": device.island,
             "troubles": list(device.troubles),
+            "closed": device.closed or None,
+            "not_given_back": [
+                {"engine": entry.engine.full, "pid": entry.pid, "held_bytes": entry.held_bytes}
+                for entry in device.lingering
+            ],
             "engines": {
                 engine.id.full: held for engine in observed.engines if (held := held_bytes(engine, device.uuid))
             },

@@ -6,6 +6,7 @@ from sage_reconcile.core.facts import AppliedFact, RecordFact
 from sage_reconcile.core.observed import Engine, ObservedState, model_of, spec_of
 from sage_reconcile.core.quantities import duration_text
 from sage_reconcile.core.spec import parse_written, served_model
+from sage_reconcile.render.device_names import gib
 from sage_reconcile.render.gpu_text import devices_json
 from sage_reconcile.render.paint import PLAIN, Paint, columns
 from sage_reconcile.render.plan_json import FORMAT_VERSION, timestamp
@@ -42,7 +43,7 @@ def status_text(
     rows += [
         (
             applied.engine.full if several else str(applied.engine),
-            "missing",
+            _missing_state(record, observed),
             *_applied_fields(applied),
             str(record.port) if record and record.port else "-",
             "-",
@@ -65,7 +66,7 @@ def status_text(
     lines += [f"note: {engine.id} {engine.exposed}" for engine in engines if engine.exposed]
     lines += _foreign(observed)
     lines += [f"cannot see: {gap.what}: {gap.why}" for gap in observed.gaps]
-    if missing:
+    if any(applied in observed.applied for applied, _ in missing):
         lines += ["", "start what is missing with: sage apply"]
     return "\n".join(lines)
 
@@ -92,12 +93,29 @@ def _applied_fields(applied: AppliedFact) -> tuple[str, str]:
     return (spec.kind, served_model(spec)) if spec is not None else ("?", "?")
 
 
+def _missing_state(record: RecordFact | None, observed: ObservedState) -> str:
+    """An engine that has ended and does not give its memory back is stuck, as one that does not end."""
+    return "stuck" if record is not None and record.phase == "stuck" and _not_back(record, observed) else "missing"
+
+
 def _missing_reason(record: RecordFact | None, observed: ObservedState) -> str:
     if record is None:
         return "it was applied and does not run"
     if record.leader.boot_id != observed.boot_id:
         return "the machine was restarted"
-    return f"pid {record.leader.pid} is gone"
+    not_back = _not_back(record, observed)
+    return f"pid {record.leader.pid} is gone" + (f", and {not_back} did not come back" if not_back else "")
+
+
+def _not_back(record: RecordFact, observed: ObservedState) -> str:
+    """What a dead engine still holds: "10.0 GiB of gpu0"."""
+    parts = [
+        f"{gib(entry.held_bytes)} GiB of gpu{device.index}"
+        for device in observed.devices
+        for entry in device.lingering
+        if (entry.engine, entry.pid) == (record.engine, record.leader.pid)
+    ]
+    return " and ".join(parts)
 
 
 def _foreign(observed: ObservedState) -> list[str]:
@@ -192,7 +210,7 @@ def _missing(applied: AppliedFact, record: RecordFact | None, observed: Observed
         "runtime": None,
         "model": model,
         "label": None,
-        "state": "missing",
+        "state": _missing_state(record, observed),
         "reason": _missing_reason(record, observed),
         "pid": None,
         "members": [],
@@ -201,7 +219,7 @@ def _missing(applied: AppliedFact, record: RecordFact | None, observed: Observed
         "base_url": None,
         "devices": [],
         "memory_bytes": 0,
-        "declared": True,
+        "declared": applied in observed.applied,
         "spec_current": False,
         "uptime_seconds": 0.0,
         "restarts": record.restarts if record else 0,

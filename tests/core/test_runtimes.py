@@ -219,7 +219,8 @@ def test_devices_are_named_as_the_program_reads_them(runtime: str, names: str) -
     fields = {"command": ["./run"]} if runtime == "command" else {}
     the_spec = EngineSpec.model_validate({"name": "x", "model": "org/m", "runtime": runtime, **fields})
     place = on_gpu(20, count=2)
-    env = device_env(the_spec, place, runtime_of(the_spec).device_names)
+    numbers = place.device_indexes if runtime_of(the_spec).device_names == "index" else None
+    env = device_env(the_spec, place, numbers)
     assert env == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": names}
 
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.e2e import Place, fake
+from tests.fakenvml import Gpu
 from tests.faults.campaign import Campaign
 from tests.forks import Forks
 from tests.oracle import environment, labelled
@@ -18,6 +19,7 @@ CHAOS = os.environ.get("CHAOS") == "1"
 RACES = 200 if CHAOS else 3
 RACERS = 8
 CYCLES = 1000 if CHAOS else 15
+GPU_CYCLES = 1000 if CHAOS else 30
 PROJECTS = 10 if CHAOS else 1
 
 
@@ -108,9 +110,24 @@ print("held before and after:", before == held(), before, held())
 @pytest.mark.timeout(3600)
 def test_a_process_that_starts_and_stops_engines_again_and_again_keeps_nothing(place: Place) -> None:
     place.write(fake("chat"), fake("embed", kind="embedding"))
+    assert_keeps_nothing(place, CYCLES)
 
+
+@pytest.mark.timeout(3600)
+def test_a_process_that_starts_and_stops_gpu_engines_again_and_again_leaves_the_gpus_as_they_were(place: Place) -> None:
+    """They hold memory of two GPUs, and a stranger holds some all the time."""
+    place.gpus(Gpu(index=0), Gpu(index=1))
+    place.write(place.gpu_fake("chat", mib=20000), place.gpu_fake("embed", mib=5000, kind="embedding"))
+    with place.foreign_on(0, 60000):
+        assert_keeps_nothing(place, GPU_CYCLES)
+
+        assert (place.used_mib(0), place.used_mib(1)) == (60000, 0)
+
+
+def assert_keeps_nothing(place: Place, cycles: int) -> None:
+    """Start and stop what the manifests want so often, in one process: it plans, and holds, in the end as at first."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(place.manifests), str(place.state), str(CYCLES)],
+        [sys.executable, "-c", PROGRAM, str(place.manifests), str(place.state), str(cycles)],
         env=environment(place.state),
         capture_output=True,
         text=True,

@@ -108,14 +108,14 @@ def module_index(argv: tuple[str, ...], module: str) -> int | None:
     return next((index + 1 for index, word in enumerate(argv[:-1]) if word == "-m" and argv[index + 1] == module), None)
 
 
-def device_env(spec: EngineSpec, placement: Placement, names: Literal["uuid", "index"] = "uuid") -> dict[str, str]:
+def device_env(spec: EngineSpec, placement: Placement, numbers: tuple[int, ...] | None = None) -> dict[str, str]:
     """The variables that say which GPUs a process sees: exactly its planned devices, or none.
 
-    PCI order makes CUDA count as NVML does; without it a faster GPU may be counted first (CUDA programming guide,
-    CUDA_DEVICE_ORDER).
+    `numbers` are those of its devices in PCI order, for a program that knows them so; None names them by UUID. Without
+    PCI order a faster GPU may be counted first (CUDA programming guide, CUDA_DEVICE_ORDER).
     """
     assert bool(placement.devices) == needs_gpu(spec)
-    chosen = placement.devices if names == "uuid" else tuple(map(str, placement.device_indexes))
+    chosen = placement.devices if numbers is None else tuple(map(str, numbers))
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(chosen)}
 
 
