@@ -7,8 +7,8 @@ from sage_reconcile.core.facts import ExitFact
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.journal import Entry
 from sage_reconcile.core.observed import Device, Engine, Lingering, ObservedState
+from sage_reconcile.core.orders import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
 from sage_reconcile.core.plan import StartEngine, StopEngine, after
-from sage_reconcile.core.progress import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
 from sage_reconcile.errors import Environment
 
 

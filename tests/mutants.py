@@ -448,14 +448,14 @@ MUTANTS = (
     ),
     Mutant(
         bug="an engine is placed on a closed device",
-        file="sage_reconcile/core/housing.py",
+        file="sage_reconcile/core/puzzle.py",
         old='    if device.closed:\n        return f"closed: {device.closed}"\n',
         new="",
         caught_by=("tests/core/test_gpu_worlds.py",),
     ),
     Mutant(
         bug="the memory of anybody's dead is taken",
-        file="sage_reconcile/core/housing.py",
+        file="sage_reconcile/core/puzzle.py",
         old="own = sum(entry.held_bytes for entry in device.lingering if entry.engine == candidate.wanted.id)",
         new="own = sum(entry.held_bytes for entry in device.lingering)",
         caught_by=("tests/core/test_gpu_worlds.py", "tests/scenarios"),

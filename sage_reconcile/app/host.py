@@ -4,13 +4,12 @@ import contextlib
 import os
 import select
 import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 
+from sage_reconcile.app.interrupts import Interrupts
 from sage_reconcile.app.measured import Measured
 from sage_reconcile.core.facts import (
     DeviceFact,
@@ -27,8 +26,8 @@ from sage_reconcile.core.label import LEADER, leader_text, variables
 from sage_reconcile.core.ledger import ledger
 from sage_reconcile.core.lookup import Lookup, ModelQuestion
 from sage_reconcile.core.observed import Engine, ObservedState, spec_of
+from sage_reconcile.core.orders import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
 from sage_reconcile.core.plan import StartEngine
-from sage_reconcile.core.progress import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
 from sage_reconcile.core.runtimes import is_served, program_of
 from sage_reconcile.core.settling import trouble_on
 from sage_reconcile.core.spec import EngineSpec, parse_written
@@ -82,8 +81,7 @@ class LocalHost:
     _known: dict[ProcessIdentity, KnownEngine] = field(default_factory=dict)
     # When each engine was last asked a request of its kind, and how long to wait until the next.
     _asked: dict[ProcessIdentity, tuple[float, float]] = field(default_factory=dict)
-    # The signal that asked for an end between two acts; 0 as long as none came.
-    _stop_signal: int = 0
+    _interrupts: Interrupts = field(default_factory=Interrupts)
 
     def __post_init__(self) -> None:
         self._applied = AppliedRevisions(self.root)
@@ -362,33 +360,11 @@ class LocalHost:
                 os.close(pidfd)
 
     def stop_signal(self) -> int:
-        return self._stop_signal
+        return self._interrupts.number
 
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
+    def interruptible(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the first SIGINT or SIGTERM asks for an end between two acts; the second does what it did before."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in numbers}
-
-        def asked(number: int, _frame: FrameType | None) -> None:
-            self._stop_signal = number
-            restore()
-
-        def restore() -> None:
-            for number, disposition in before.items():
-                signal.signal(number, disposition)
-
-        # A signal that is ignored, as SIGINT is in the background of a script, stays ignored.
-        for number in numbers:
-            if before[number] is not signal.SIG_IGN:
-                signal.signal(number, asked)
-        try:
-            yield
-        finally:
-            restore()
+        return self._interrupts.heard()
 
 
 def _newer(path: Path) -> Gap:

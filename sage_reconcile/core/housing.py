@@ -4,15 +4,15 @@ Goes in: engines that should start, and what runs. Comes out: devices for each, 
 found by searching again with one thing relaxed. Must not know: runtimes, ports, acts.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
-from sage_reconcile.core.label import parse_label
-from sage_reconcile.core.needs import Claim, Need, device_count
-from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, held_bytes
-from sage_reconcile.core.packing import Item, Packing, Slot, pack
+from sage_reconcile.core.needs import device_count
+from sage_reconcile.core.observed import Engine, ObservedState, held_bytes
+from sage_reconcile.core.packing import Packing
+from sage_reconcile.core.puzzle import Candidate, Puzzle, Seat, kind_of, numbers_of, why_not
 from sage_reconcile.core.refusal import Refusal, Shortfall
 
 _GIB = 1024**3
@@ -20,29 +20,6 @@ _GIB = 1024**3
 _HELP_BUDGET_NODES = 2_000
 # Foreign processes and engines that a refusal tries without, those that hold most first.
 _MOST_HOLDERS_TRIED = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """An engine that wants devices."""
-
-    wanted: Wanted
-    need: Need
-    # What it replaces, and what goes on if it finds no place.
-    stops: tuple[Engine, ...] = ()
-    # Whether a slice of a GPU will do.
-    takes_slices: bool = True
-    # Whether it runs as it should, and wants another place only to make room: it is never left without one.
-    runs: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
-    """The devices of one engine, and what it needs on each of them."""
-
-    devices: tuple[Device, ...]
-    claim: Claim
-    told: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +48,7 @@ def seated(
     """
     if not candidates:
         return Seating(seats={}, refusals={})
-    puzzle = _Puzzle(candidates=candidates, desired=desired, observed=observed, leaving=leaving, movable=movable)
+    puzzle = Puzzle(candidates=candidates, desired=desired, observed=observed, leaving=leaving, movable=movable)
     puzzle = puzzle.moving() if may_move else puzzle
     packing = puzzle.solved()
     seats: dict[EngineId, Seat] = {}
@@ -83,164 +60,6 @@ def seated(
         elif not candidate.runs or set(place) != set(puzzle.home_of(candidate)):
             seats[candidate.wanted.id] = puzzle.seat(candidate, place)
     return Seating(seats=seats, refusals=refused, proved=packing.proved)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Puzzle:
-    """One problem for the search. Relaxed, it is another one."""
-
-    candidates: tuple[Candidate, ...]
-    desired: DesiredState
-    observed: ObservedState
-    leaving: set[ProcessIdentity]
-    # What is relaxed: engines that are no longer there, foreign pids that are no longer there, pins that do not count.
-    without_engines: frozenset[ProcessIdentity] = frozenset()
-    without_pids: frozenset[int] = frozenset()
-    unpinned: frozenset[EngineId] = frozenset()
-    budget_nodes: int | None = None
-    # Engines that run as they should, and would be candidates too if they might be moved.
-    movable: tuple[Candidate, ...] = ()
-
-    def moving(self) -> "_Puzzle":
-        """The same problem where what may be moved is."""
-        movers = {engine.leader for candidate in self.movable for engine in candidate.stops}
-        return replace(self, candidates=(*self.candidates, *self.movable), leaving=self.leaving | movers, movable=())
-
-    @property
-    def devices(self) -> tuple[Device, ...]:
-        return self.observed.devices
-
-    @property
-    def restoring(self) -> bool:
-        """Whether what ran is put back: what has just ended there gives its memory back, and every start waits for it.
-
-        Else what failed a moment ago would keep out what it had replaced.
-        """
-        return any(candidate.wanted.pin is not None for candidate in self.candidates)
-
-    @property
-    def staying(self) -> tuple[Engine, ...]:
-        gone = self.leaving | self.without_engines
-        return tuple(engine for engine in self.observed.engines if engine.leader not in gone)
-
-    def free(self, device: Device) -> int:
-        """What is free once everything that leaves is gone, before anybody is placed."""
-        spared = sum(holder.used_bytes for holder in device.holders if holder.pid in self.without_pids)
-        spared += sum(entry.held_bytes for entry in device.lingering) if self.restoring else 0
-        return free_bytes(device, self.staying) - self.desired.reserve_bytes + min(spared, device.foreign_bytes)
-
-    def need(self, candidate: Candidate, device: Device) -> int:
-        """What a candidate adds to a device. What its own last process has not given back yet, its start waits for."""
-        needed = candidate.need.on(device.uuid).counted_bytes
-        if self.restoring or (candidate.runs and device.uuid in _home(candidate, self.observed)):
-            return needed  # It counts as free already, or is not started there.
-        own = sum(entry.held_bytes for entry in device.lingering if entry.engine == candidate.wanted.id)
-        return max(needed - own, 0)
-
-    def allowed(self, candidate: Candidate) -> tuple[int, ...]:
-        pins = self.pinned(candidate)
-        own = self.home_of(candidate) if candidate.runs else ()
-        return tuple(
-            number
-            for number, device in enumerate(self.devices)
-            if number in own or ((pins is None or number in pins) and not _why_not(candidate, device))
-        )
-
-    def pinned(self, candidate: Candidate) -> set[int] | None:
-        """The devices that it must have, or choose among; None when all will do."""
-        wanted = candidate.wanted
-        if wanted.pin is not None:
-            return _numbers(self.devices, wanted.pin.resolved.placement.devices)
-        if wanted.spec.devices is None or wanted.id in self.unpinned:
-            return None
-        return _numbers(self.devices, wanted.spec.devices)
-
-    def home_of(self, candidate: Candidate) -> tuple[int, ...]:
-        """Where it runs, or ran last, as far as those devices are there."""
-        uuids = _home(candidate, self.observed)
-        numbers = {device.uuid: number for number, device in enumerate(self.devices)}
-        found = tuple(numbers[uuid] for uuid in uuids if uuid in numbers)
-        return found if len(found) == len(uuids) else ()
-
-    def solved(self) -> Packing:
-        kinds = sorted({_kind(device) for device in self.devices})
-        slots = tuple(
-            Slot(free_bytes=self.free(device), island=device.island, kind=kinds.index(_kind(device)))
-            for device in self.devices
-        )
-        items = tuple(self._item(candidate) for candidate in self.candidates)
-        numbers = {device.uuid: number for number, device in enumerate(self.devices)}
-        present = tuple(
-            (_group(engine.id), numbers[uuid])
-            for engine in self.staying
-            for uuid in engine.resolved.placement.devices
-            if uuid in numbers
-        )
-        budget = {} if self.budget_nodes is None else {"budget_nodes": self.budget_nodes}
-        packing = pack(slots, items, present=present, **budget)
-        assert packing is not None, "what runs may always stay where it is"
-        return packing
-
-    def _item(self, candidate: Candidate) -> Item:
-        home = self.home_of(candidate)
-        return Item(
-            key=str(candidate.wanted.id),
-            need_bytes=tuple(self.need(candidate, device) for device in self.devices),
-            count=candidate.need.count,
-            allowed=self.allowed(candidate),
-            home=home,
-            stays_bytes=()
-            if not candidate.stops
-            else tuple(
-                sum(held_bytes(engine, self.devices[number].uuid) for engine in candidate.stops) for number in home
-            ),
-            runs=candidate.runs,
-            group=_group(candidate.wanted.id),
-        )
-
-    def seat(self, candidate: Candidate, place: tuple[int, ...]) -> Seat:
-        pin = candidate.wanted.pin
-        devices = tuple(self.devices[number] for number in sorted(place))
-        if pin is not None:  # In the order in which it counted them.
-            order = pin.resolved.placement.devices
-            devices = tuple(sorted(devices, key=lambda device: order.index(device.uuid)))
-        return Seat(devices=devices, claim=candidate.need.on(devices[0].uuid), told=candidate.need.told)
-
-
-def _kind(device: Device) -> tuple[str, int]:
-    """One fraction is told for all devices of an engine, so they must be alike."""
-    return device.name, device.total_bytes
-
-
-def _group(engine: EngineId) -> str:
-    return f"{engine.project}:{engine.stack}/{engine.name}"
-
-
-def _numbers(devices: tuple[Device, ...], names: Iterable[int | str]) -> set[int]:
-    wanted = set(names)
-    return {number for number, device in enumerate(devices) if device.uuid in wanted or device.index in wanted}
-
-
-def _home(candidate: Candidate, observed: ObservedState) -> tuple[str, ...]:
-    if candidate.stops:
-        return candidate.stops[-1].resolved.placement.devices
-    records = [record for record in observed.records if record.engine == candidate.wanted.id]
-    for record in sorted(records, key=lambda record: (-record.started_at, record.leader)):
-        label = parse_label(dict(record.label))
-        if label is not None and label.resolved.placement.devices:
-            return label.resolved.placement.devices
-    return ()
-
-
-def _why_not(candidate: Candidate, device: Device) -> str:
-    """Why a device is out of the question for a candidate, whatever is free on it; empty when it is not."""
-    if device.closed:
-        return f"closed: {device.closed}"
-    if device.parent and not candidate.takes_slices:
-        return "a MIG slice, which its runtime cannot be given"
-    if device.parent and candidate.need.count > 1:
-        return "a MIG slice, which cannot be one of several"
-    return ""
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -265,7 +84,7 @@ def out_of_the_question(wanted: Wanted, observed: ObservedState, *, made_up_will
             would_help=("no SAGE_GPU_MOCK_COUNT", "use_gpu: false"),
         )
     names = wanted.pin.resolved.placement.devices if wanted.pin is not None else wanted.spec.devices
-    missing = [name for name in names or () if not _numbers(observed.devices, (name,))]
+    missing = [name for name in names or () if not numbers_of(observed.devices, (name,))]
     if missing and wanted.pin is not None:
         return Refusal(reason="device_pin", why=f"it ran on {', '.join(map(str, missing))}, which is not seen any more")
     if missing and len(names or ()) - len(missing) < device_count(wanted.spec):
@@ -282,7 +101,7 @@ def _device_name(name: int | str) -> str:
     return f"gpu{name}" if isinstance(name, int) else name
 
 
-def _refusal(candidate: Candidate, puzzle: _Puzzle, packing: Packing) -> Refusal:
+def _refusal(candidate: Candidate, puzzle: Puzzle, packing: Packing) -> Refusal:
     """What is missing on each device, who has it, and what would help."""
     shortfalls = tuple(_shortfall(candidate, number, puzzle, packing) for number in range(len(puzzle.devices)))
     fitting = sum(not entry.short_bytes and not entry.why_not for entry in shortfalls)
@@ -303,7 +122,7 @@ def _refusal(candidate: Candidate, puzzle: _Puzzle, packing: Packing) -> Refusal
     )
 
 
-def _shortfall(candidate: Candidate, number: int, puzzle: _Puzzle, packing: Packing) -> Shortfall:
+def _shortfall(candidate: Candidate, number: int, puzzle: Puzzle, packing: Packing) -> Shortfall:
     device = puzzle.devices[number]
     others = [
         (other, puzzle.need(other, device))
@@ -340,7 +159,7 @@ def _shortfall(candidate: Candidate, number: int, puzzle: _Puzzle, packing: Pack
         free_bytes=free,
         short_bytes=max(puzzle.need(candidate, device) - free, 0),
         held_by=tuple(f"{who} ({_gib(size)})" for size, who in sorted(held, key=lambda entry: (-entry[0], entry[1]))),
-        why_not=_why_not(candidate, device) or elsewhere,
+        why_not=why_not(candidate, device) or elsewhere,
     )
 
 
@@ -353,7 +172,7 @@ def _gib(size: int) -> str:
 
 
 def _would_help(
-    candidate: Candidate, puzzle: _Puzzle, packing: Packing, shortfalls: tuple[Shortfall, ...]
+    candidate: Candidate, puzzle: Puzzle, packing: Packing, shortfalls: tuple[Shortfall, ...]
 ) -> tuple[str, ...]:
     """One thing relaxed at a time: what a search then finds a place for, and for the others too."""
     found: list[str] = []
@@ -378,18 +197,18 @@ def _would_help(
     return tuple(found)
 
 
-def _largest_that_fits(candidate: Candidate, puzzle: _Puzzle, shortfalls: tuple[Shortfall, ...]) -> int:
+def _largest_that_fits(candidate: Candidate, puzzle: Puzzle, shortfalls: tuple[Shortfall, ...]) -> int:
     """The memory with which it would fit as many alike devices as it needs, besides everything else of the plan."""
     count, context = candidate.need.count, max(claim.context_bytes for _, claim in candidate.need.claims)
     usable: dict[tuple[str, int], list[int]] = {}
     for device, entry in zip(puzzle.devices, shortfalls, strict=True):
         if not entry.why_not:
-            usable.setdefault(_kind(device), []).append(entry.free_bytes)
+            usable.setdefault(kind_of(device), []).append(entry.free_bytes)
     fitting = [sorted(sizes, reverse=True)[count - 1] for sizes in usable.values() if len(sizes) >= count]
     return max(max(fitting, default=0) - context, 0)
 
 
-def _foreign_holders(puzzle: _Puzzle) -> list[tuple[int, str]]:
+def _foreign_holders(puzzle: Puzzle) -> list[tuple[int, str]]:
     """(pid, name) of foreign processes, those that hold most first."""
     sizes: dict[tuple[int, str], int] = {}
     for device in puzzle.devices:
@@ -399,7 +218,7 @@ def _foreign_holders(puzzle: _Puzzle) -> list[tuple[int, str]]:
     return sorted(sizes, key=lambda key: (-sizes[key], key))[:_MOST_HOLDERS_TRIED]
 
 
-def _engines_that_hold(puzzle: _Puzzle) -> list[Engine]:
+def _engines_that_hold(puzzle: Puzzle) -> list[Engine]:
     sizes = {
         engine.leader: (sum(held_bytes(engine, device.uuid) for device in puzzle.devices), engine)
         for engine in puzzle.staying
@@ -410,7 +229,7 @@ def _engines_that_hold(puzzle: _Puzzle) -> list[Engine]:
     ]
 
 
-def _helps(relaxed: _Puzzle, candidate: Candidate, packing: Packing) -> bool:
+def _helps(relaxed: Puzzle, candidate: Candidate, packing: Packing) -> bool:
     """Whether the relaxed problem has a place for it, and leaves out no more of the others."""
     again = relaxed.solved()
     return again.places[str(candidate.wanted.id)] is not None and again.cost.left_out < packing.cost.left_out

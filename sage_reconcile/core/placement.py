@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from sage_reconcile.core.desired import DesiredState, Wanted
-from sage_reconcile.core.housing import Seat
 from sage_reconcile.core.observed import Engine, ObservedState
+from sage_reconcile.core.puzzle import Seat
 from sage_reconcile.core.quantities import ports_of
 from sage_reconcile.core.refusal import Refusal
 from sage_reconcile.core.resolved import Placement

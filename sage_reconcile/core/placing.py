@@ -11,13 +11,14 @@ from typing import Literal
 from sage_reconcile.core.compare import Change, Comparison, listed
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.facts import RecordFact
-from sage_reconcile.core.housing import Candidate, Seat, out_of_the_question, seated
+from sage_reconcile.core.housing import out_of_the_question, seated
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.lookup import why_unasked
 from sage_reconcile.core.needs import Claim, Need, need_of, shape_of
 from sage_reconcile.core.observed import Engine, ObservedState, held_bytes, spec_of
 from sage_reconcile.core.placement import Taken, placement, port_of
 from sage_reconcile.core.plan import Blocked
+from sage_reconcile.core.puzzle import Candidate, Seat
 from sage_reconcile.core.refusal import Refusal
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes import program_of, runtime_of

@@ -11,8 +11,9 @@ from typing import Protocol
 
 from sage_reconcile.core.journal import ActBegun, ActDone, ActFailed, Entry
 from sage_reconcile.core.observed import ObservedState
+from sage_reconcile.core.orders import Order, Spawned
 from sage_reconcile.core.plan import Act, Plan
-from sage_reconcile.core.progress import Order, Progress, Spawned, advance, begin, failed, finished, spawned, unwritable
+from sage_reconcile.core.progress import Progress, advance, begin, failed, finished, spawned, unwritable
 from sage_reconcile.errors import Environment, SageError
 
 # How long the loop waits between two looks, in seconds. Signals and exits end the wait sooner.

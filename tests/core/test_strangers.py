@@ -13,8 +13,8 @@ from sage_reconcile.core.facts import Facts, ListenerFact, ProcessFact
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.label import ENGINE, LEADER, PLACEMENT, PROJECT, SOURCE, SPEC, leader_text, variables
 from sage_reconcile.core.observed import ObservedState
+from sage_reconcile.core.orders import Kill, Terminate
 from sage_reconcile.core.planner import make_plan
-from sage_reconcile.core.progress import Kill, Terminate
 from sage_reconcile.drive.executor import execute
 from tests.builders import BOOT, NODE, PROGRAMS, desired, running, the_id, wanted
 from tests.builders import PROJECT as OURS

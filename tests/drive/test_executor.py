@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from sage_reconcile.core.facts import RouterFact
 from sage_reconcile.core.observed import Device, ObservedState
+from sage_reconcile.core.orders import Kill, Mark, Prove, Spawn, Terminate
 from sage_reconcile.core.plan import Plan
 from sage_reconcile.core.planner import make_plan
-from sage_reconcile.core.progress import Kill, Mark, Prove, Spawn, Terminate, advance, begin
+from sage_reconcile.core.progress import advance, begin
 from sage_reconcile.drive.executor import execute
 from tests.builders import desired, leaderless, running, wanted, world
 from tests.fakes import FakeHost, MemoryJournal

@@ -10,9 +10,9 @@ import pytest
 from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.journal import ActBegun, PlanBegun, PlanEnded, RestoreBegun
 from sage_reconcile.core.observed import Engine, ObservedState
+from sage_reconcile.core.orders import Order, Prove, Spawn, Spawned
 from sage_reconcile.core.plan import Plan, PlanOptions, StartEngine, StopEngine
 from sage_reconcile.core.planner import make_plan
-from sage_reconcile.core.progress import Order, Prove, Spawn, Spawned
 from sage_reconcile.drive.reconciler import Outcome, apply_plan
 from sage_reconcile.errors import Environment
 from tests.builders import desired, running, the_id, wanted, world

@@ -24,9 +24,9 @@ import pytest
 from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.journal import ActBegun, ActDone, PlanBegun
+from sage_reconcile.core.orders import Kill, Spawn
 from sage_reconcile.core.plan import StartEngine
 from sage_reconcile.core.planner import make_plan
-from sage_reconcile.core.progress import Kill, Spawn
 from sage_reconcile.drive.reconciler import Outcome, apply_plan
 from sage_reconcile.world import processes
 from sage_reconcile.world.records import Records

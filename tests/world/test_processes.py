@@ -14,8 +14,8 @@ import pytest
 
 from sage_reconcile.app.host import LocalHost
 from sage_reconcile.core.identity import ProcessIdentity
+from sage_reconcile.core.orders import Spawn, Spawned
 from sage_reconcile.core.plan import StartEngine
-from sage_reconcile.core.progress import Spawn, Spawned
 from sage_reconcile.core.resolved import Placement, Resolved
 from sage_reconcile.core.spec import canonical_json, written_fields
 from sage_reconcile.errors import Environment
