@@ -50,17 +50,22 @@ def logs(
 ) -> None:
     """Show what an engine has said."""
     from sage_reconcile.app.status import log_file
-    from sage_reconcile.world.logs import followed, tail
+    from sage_reconcile.world.logs import end_of, followed, tail
 
     path = log_file(engine, project, previous=previous)
     if not path.exists() and not follow:
         raise Environment(f"there is no log {path}", hint="the engine was not started with this state directory")
-    for line in tail(path, lines):
+    if not follow:
+        for line in tail(path, lines):
+            print(line)
+        return
+    # What is written while the tail is shown comes after it, once.
+    end = end_of(path)
+    for line in tail(path, lines, end=end):
         print(line)
-    if follow:
-        for text in followed(path, pause=lambda: time.sleep(_FOLLOW_SECONDS)):
-            sys.stdout.write(text)
-            sys.stdout.flush()
+    for text in followed(path, end, pause=lambda: time.sleep(_FOLLOW_SECONDS)):
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def wait(

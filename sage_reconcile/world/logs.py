@@ -5,6 +5,7 @@ import codecs
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -126,33 +127,59 @@ def first_lines(path: Path) -> tuple[str, ...]:
     return tuple(text.decode("utf-8", errors="replace").replace("\r", "\n").split("\n"))
 
 
-def tail(path: Path, lines: int) -> tuple[str, ...]:
-    """The last lines of a log, fit to be shown, and of its older part where it has been cut; none without a file."""
-    found = _last_lines(path, lines)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A place in a log, after a whole line."""
+
+    position: int
+    inode: int
+
+
+def end_of(path: Path) -> Place:
+    """The end of the last whole line that a log has now: its tail can be shown up to there, and followed from there."""
+    size, inode = _size_and_inode(path)
+    begin = max(0, size - _TAIL_BYTES)
+    try:
+        with path.open("rb") as file:
+            file.seek(begin)
+            whole = file.read(size - begin).rfind(b"\n") + 1
+    except OSError:
+        whole = 0
+    return Place(position=begin + whole if whole else size, inode=inode)
+
+
+def tail(path: Path, lines: int, *, end: Place | None = None) -> tuple[str, ...]:
+    """The last lines of a log, fit to be shown, and of its older part where it has been cut; none without a file.
+
+    Those before `end`, if it is given.
+    """
+    found = _last_lines(path, lines, end)
     if len(found) < lines:
         found = (*_last_lines(older_log(path), lines - len(found)), *found)
     return found
 
 
-def _last_lines(path: Path, lines: int) -> tuple[str, ...]:
+def _last_lines(path: Path, lines: int, end: Place | None = None) -> tuple[str, ...]:
     if lines == 0:
         return ()
     try:
         with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            text = file.read(_TAIL_BYTES).decode("utf-8", errors="replace")
+            size = file.seek(0, os.SEEK_END)
+            last = size if end is None else min(size, end.position)
+            begin = file.seek(max(0, last - _TAIL_BYTES))
+            text = file.read(last - begin).decode("utf-8", errors="replace")
     except OSError:
         return ()
     found = [line.rstrip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
     return tuple(shown(line, _TAIL_BYTES) for line in found[-lines:])
 
 
-def followed(path: Path, pause: Callable[[], None]) -> Iterator[str]:
-    """What is written to a log from now on, for ever, with a pause between two looks.
+def followed(path: Path, start: Place, pause: Callable[[], None]) -> Iterator[str]:
+    """What is written to a log after a place in it, for ever, with a pause between two looks.
 
     A log that was cut is followed from its new start, and so is that of another process in its place.
     """
-    position, inode = _size_and_inode(path)
+    position, inode = start.position, start.inode
     # A letter of several bytes may be read in two parts.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     while True:

@@ -6,9 +6,11 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
-from sage_reconcile.world.logs import LONGEST_LOG_BYTES, cut_long_log, new_log, older_log, tail
+from sage_reconcile.world.logs import LONGEST_LOG_BYTES, cut_long_log, end_of, new_log, older_log, tail
+from sage_reconcile.world.logs import followed as followed_log
 from tests.e2e import Place, fake, kill, until
 from tests.faults.test_serving import ask
 from tests.namespaces import inside, mount
@@ -195,3 +197,14 @@ def say(log: Path, line: str) -> None:
     """What an engine would write; the fake one is silent while it serves."""
     with log.open("a", encoding="utf-8") as file:
         file.write(f"{line}\n")
+
+
+def test_p28_what_is_written_while_the_tail_is_shown_comes_after_it_once_and_whole(tmp_path: Path) -> None:
+    log = tmp_path / "chat.log"
+    log.write_text("one\ntwo\nthr")
+    end = end_of(log)
+    say(log, "ee")
+    say(log, "four")
+    shown = tail(log, 2, end=end)
+    after = "".join(islice(followed_log(log, end, pause=lambda: None), 1))
+    assert (shown, after) == (("one", "two"), "three\nfour\n")
