@@ -147,9 +147,17 @@ def _asked_for(
 
 
 def _share(memory: int, context: int, device: Device, source: str, fraction: float | None = None) -> Claim:
-    """A claim; without a fraction, the one that the memory is."""
-    if fraction is None:
+    """A claim; without a fraction, the one that the memory is.
+
+    What is computed is told in full, and counted as it is told: a vLLM whose cache is a few tokens short of one whole
+    sequence does not start. Of all else, told is no more than that.
+    """
+    scale: int = 10**_FRACTION_DIGITS
+    if fraction is None and source != "computed":
         fraction = rounded_down(memory / device.total_bytes)
+    elif fraction is None:
+        steps = -(-memory * scale // device.total_bytes)
+        memory, fraction = -(-steps * device.total_bytes // scale), steps / scale
     return Claim(memory_bytes=memory, context_bytes=context, fraction=fraction, source=source)
 
 

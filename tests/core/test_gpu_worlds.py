@@ -99,7 +99,10 @@ def on_devices(rng: random.Random, text: str, port: int, pid: int, devices: tupl
         return running(
             text, port, pid, state=rng.choice(("ready", "ready", "starting")), **{**fields, "use_gpu": False}
         )
-    first = rng.choice(devices)
+    whole = [device for device in devices if not device.parent]
+    if fields.get("runtime") == "vllm" and not whole:
+        fields |= {"runtime": "auto", "model": "/models/slice.gguf"}
+    first = rng.choice(whole if fields.get("runtime") == "vllm" else devices)
     alike = [device for device in devices if device.name == first.name and not device.parent]
     count = min(int(str(fields.get("tensor_parallel", 1))), len(alike) or 1)
     fields |= {"tensor_parallel": count} if count > 1 else {}
