@@ -488,6 +488,34 @@ MUTANTS = (
         new="free_bytes(device, started.engines) + place.counted_bytes_per_device",
         caught_by=("tests/core/test_runtimes.py",),
     ),
+    Mutant(
+        bug="a start does not wait for rest",
+        file="sage_reconcile/core/settling.py",
+        old="rest.get(uuid, 0.0) < SETTLED_SECONDS",
+        new="False",
+        caught_by=("tests/core/test_settling.py",),
+    ),
+    Mutant(
+        bug="the devices are not looked at again before the release",
+        file="sage_reconcile/app/host.py",
+        old="            trouble = self._device_trouble(act)\n",
+        new="            trouble = None\n",
+        caught_by=("tests/faults/test_gpu_moves.py::g10",),
+    ),
+    Mutant(
+        bug="a stop is done before the memory is back",
+        file="sage_reconcile/core/progress.py",
+        old="    missing = not_back(act, entry.orphaned, observed)\n",
+        new='    missing = ""\n',
+        caught_by=("tests/faults/test_gpu_moves.py::g7_memory_that",),
+    ),
+    Mutant(
+        bug="programs that know numbers are told those of NVML",
+        file="sage_reconcile/core/ledger.py",
+        old="    if not all(buses.values()):\n",
+        new="    if True:\n",
+        caught_by=("tests/faults/test_gpu_moves.py::g8_engines_of",),
+    ),
 )
 
 
