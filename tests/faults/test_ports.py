@@ -158,6 +158,9 @@ def test_n1_port_that_is_stolen_after_the_plan_is_left_to_the_thief(place: Place
                 one.assert_untouched()
                 assert one.heard() == _KNOCK, "sage sent the thief something"
                 assert place.pids() == {}
+                if moment != "released":
+                    said_by_engine = "".join(log.read_text(encoding="utf-8") for log in place.state.rglob("*.log"))
+                    assert "fake engine" not in said_by_engine, "the program ran, though its port was taken"
                 assert not [entry for entry in place.journal() if isinstance(entry, ActDone)]
             else:
                 assert sage.returncode == 0, said
