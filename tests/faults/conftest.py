@@ -1,4 +1,4 @@
-"""Every test here has a place of its own; those of one worker share the process that their commands are forked from."""
+"""Every test here has a place of its own."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,13 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import Place, place_in
-from tests.forks import Forks, forks
-
-
-@pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("commands")) as one:
-        yield one
+from tests.forks import Forks
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ ELSEWHERE = {
     "damaged": "test_disk.py d4 and d5",
     "log.copied": "test_logs.py: only a long log is cut",
     "log.cut": "test_logs.py",
+    "footprints": "test_measured.py and world/test_footprint_files.py: only engines on GPUs are measured",
     "gate.abandoned": "test_ports.py n1: only a start that was refused at the gate",
 }
 

@@ -18,12 +18,12 @@ from tests.oracle import environment, labelled
 CHAOS = os.environ.get("CHAOS") == "1"
 RACES = 200 if CHAOS else 3
 RACERS = 8
-CYCLES = 1000 if CHAOS else 15
+CYCLES = 1000 if CHAOS else 5
 GPU_CYCLES = 1000 if CHAOS else 30
 PROJECTS = 10 if CHAOS else 1
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_p20_of_eight_applies_at_once_one_works_and_seven_name_it(place: Place, commands: Forks) -> None:
     campaign = Campaign(place=place, forks=commands)
     # The winner has the lock as long as its engine loads, so that nobody comes too late for the race.
@@ -47,7 +47,7 @@ def test_p20_of_eight_applies_at_once_one_works_and_seven_name_it(place: Place, 
     place.assert_nothing_left()
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_p20_applies_of_two_projects_and_a_loop_like_watch_take_turns(place: Place, commands: Forks) -> None:
     other = place.root / "other" / "manifests"
     other.mkdir(parents=True)
@@ -107,13 +107,13 @@ print("held before and after:", before == held(), before, held())
 """
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_a_process_that_starts_and_stops_engines_again_and_again_keeps_nothing(place: Place) -> None:
     place.write(fake("chat"), fake("embed", kind="embedding"))
     assert_keeps_nothing(place, CYCLES)
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_a_process_that_starts_and_stops_gpu_engines_again_and_again_leaves_the_gpus_as_they_were(place: Place) -> None:
     """They hold memory of two GPUs, and a stranger holds some all the time."""
     place.gpus(Gpu(index=0), Gpu(index=1))
