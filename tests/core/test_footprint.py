@@ -262,11 +262,19 @@ def test_every_term_says_why_and_the_budget_is_all_but_the_context() -> None:
     told = footprint(shape("gpt-oss-120b"), Serving(tensor_parallel=8, max_model_len=131072))
 
     assert [term.name for term in told.terms] == [
-        "weights", "kv_cache", "activations", "non_torch", "cuda_graphs", "cuda_context", "margin",
+        "weights", "kv_cache", "activations", "non_torch", "cuda_graphs", "cuda_context", "margin", "slack",
     ]  # fmt: skip
     assert all(term.why and term.memory_bytes > 0 for term in told.terms)
     assert told.budget_bytes == told.total_bytes - told.bytes_of("cuda_context")
     assert told.bytes_of("margin") / told.bytes_of("weights") == pytest.approx(0.17)
+
+
+def test_an_engine_whose_cache_is_cut_to_fit_gets_slack_for_the_rest() -> None:
+    """The budget holds one whole sequence even if all but the cache takes 5% more than the formulas say."""
+    for runtime, share in (("vllm", 0.05), ("sglang", 0.05), ("llama.cpp", 0.0), ("infinity", 0.0)):
+        told = footprint(shape("llama-3-8b"), Serving(runtime=runtime, max_model_len=8192))
+        rest = told.bytes_of("weights", "activations", "non_torch")
+        assert told.bytes_of("slack") == pytest.approx(share * rest, abs=1)
 
 
 def test_a_family_that_nobody_compared_gets_a_margin_unless_its_tensors_are_known() -> None:

@@ -91,7 +91,7 @@ def static_bytes(spec: EngineSpec, shape: ModelShape | None, memory_bytes: int) 
     """The part of its memory that --mem-fraction-static is about: all but what lies beside weights and cache."""
     if shape is None:
         return max(memory_bytes - _BESIDE_BYTES, memory_bytes // 2)
-    beside = footprint(shape, _serving(spec)).bytes_of("activations", "non_torch", "cuda_graphs", "margin")
+    beside = footprint(shape, _serving(spec)).bytes_of("activations", "non_torch", "cuda_graphs", "margin", "slack")
     return max(memory_bytes - beside, 0)
 
 
