@@ -74,12 +74,12 @@ def test_the_options_in_the_documents_are_the_options_that_work() -> None:
 def test_every_case_that_the_document_names_is_a_test() -> None:
     """`P9 to P16` in docs/reliability.md means each of them; a test of a case is named by it."""
     text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    table = "\n".join(line.split("|")[1] for line in text.splitlines() if re.match(r"\| [PND]\d", line))
-    cases = {f"{letter}{number}" for letter, number in re.findall(r"\b([PND])(\d+)", table)}
-    for letter, first, last in re.findall(r"\b([PND])(\d+) to [PND](\d+)", table):
+    table = "\n".join(line.split("|")[1] for line in text.splitlines() if re.match(r"\| [PNDG]\d", line))
+    cases = {f"{letter}{number}" for letter, number in re.findall(r"\b([PNDG])(\d+)", table)}
+    for letter, first, last in re.findall(r"\b([PNDG])(\d+) to [PNDG](\d+)", table):
         cases |= {f"{letter}{number}" for number in range(int(first), int(last) + 1)}
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
-    assert len(cases) == 39
+    assert len(cases) == 52
     assert {case for case in cases if f"def test_{case.lower()}_" not in tests} == set()
 
 
