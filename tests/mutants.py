@@ -381,7 +381,7 @@ MUTANTS = (
         file="sage_reconcile/app/host.py",
         old="        members = set(engine.members) | set(earlier.members if earlier else ())\n",
         new="        members = set()\n",
-        caught_by=("tests/faults/test_processes.py::p12", "tests/faults/test_lifecycle.py::wipe"),
+        caught_by=("tests/faults/test_processes.py::gives_up",),
     ),
     Mutant(
         bug="an engine on the CPU sees every GPU",

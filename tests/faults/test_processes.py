@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,9 +22,11 @@ from typing import Any
 
 import pytest
 
+from sage_reconcile.app.host import LocalHost
 from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.journal import ActBegun, ActDone, PlanBegun
+from sage_reconcile.core.observed import Engine, ObservedState
 from sage_reconcile.core.orders import Kill, Spawn
 from sage_reconcile.core.plan import StartEngine
 from sage_reconcile.core.planner import make_plan
@@ -153,6 +156,42 @@ def test_p12_child_without_a_label_and_a_session_is_shown_with_a_note_and_never_
     finally:
         kill(child)
     place.assert_nothing_left()
+
+
+# A session of its own, and after a sign a program with an empty environment in the same process.
+_TURNCOAT = """
+import os, sys, time
+os.setsid()
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
+os.execve("/bin/sleep", ["sleep", "600"], dict())
+"""
+
+
+def test_p12_child_that_gives_up_its_label_while_sage_works_stays_a_member(place: Place) -> None:
+    """As long as this sage works it knows whom it has seen; the next one could not tell (it shows a stranger)."""
+    sign = place.root / "sign"
+    chat = fake("chat")
+    child = f'{shlex.join([sys.executable, "-c", _TURNCOAT, str(sign)])} & exec "$@"'
+    place.write({**chat, "command": ["/bin/sh", "-c", child, "sh", *chat["command"]]})
+    place.apply()
+    leader = place.pids()["lab/chat"]
+    host = LocalHost(root=place.state)
+    before = chat_of(place, host.look())
+    (turncoat,) = {process.pid for process in before.members} - {leader}
+
+    sign.touch()
+    until(lambda: not environ(turncoat), "it has given up its label")
+    kill(leader)
+    after = chat_of(place, host.look())
+
+    os.kill(turncoat, signal.SIGKILL)
+    assert (after.leader_alive, [process.pid for process in after.members]) == (False, [turncoat])
+
+
+def chat_of(place: Place, observed: ObservedState) -> Engine:
+    (engine,) = (one for one in observed.engines if one.id.full == f"{place.project}:lab/chat")
+    return engine
 
 
 def test_p13_engine_that_survives_sigkill_is_stuck_and_its_port_is_given_to_nobody() -> None:

@@ -1,6 +1,7 @@
 """What is on the disk: whole or not there, ours alone, and only ever a hint."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from sage_reconcile.world.records import Records
 from sage_reconcile.world.router_files import RouterFile, read_routers
 from sage_reconcile.world.state import private_directory, state_root
 from tests.builders import identity, the_id
+from tests.e2e import until
+from tests.oracle import stat_fields
 
 CHAT = the_id("lab/chat")
 RECORD = RecordFact(engine=CHAT, leader=identity(100), from_start=True, port=8001, phase="draining", log="/l")
@@ -159,6 +162,25 @@ def test_a_lock_file_that_was_removed_under_its_holder_excludes_nobody_twice(tmp
         path.unlink()
         with locked((path,), purpose="two"), pytest.raises(Locked), locked((path,), purpose="three"):
             pass
+
+
+def test_a_lock_file_that_was_replaced_between_the_open_and_the_lock_is_nobody_s(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    trace = str(tmp_path / "trace")
+    wishes = {"SAGE_TEST": "1", "SAGE_FAILPOINTS": "lock.opened@1=stop", "SAGE_FAILPOINT_TRACE": trace}
+    late = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | wishes
+    )
+    try:
+        until(lambda: stat_fields(late.pid)[:1] == ["T"], "it has opened the file, and stands still")
+        path.unlink()
+        with locked((path,), purpose="one"):
+            late.send_signal(signal.SIGCONT)
+            said, why = late.communicate(timeout=20)
+            assert (said, f"pid {os.getpid()} " in why.decode()) == (b"", True)
+    finally:
+        late.kill()
+        late.wait()
 
 
 def test_a_login_and_cron_exclude_each_other(tmp_path: Path) -> None:
