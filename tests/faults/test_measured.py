@@ -1,14 +1,19 @@
 """What engines take is measured and kept: the next start is given that, and no plan for what runs changes for it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from sage_reconcile.core.facts import FootprintFact
 from sage_reconcile.core.seal import sealed
 from sage_reconcile.world.footprint_files import FootprintFiles
 from tests.e2e import Place, until
 from tests.fakenvml import Gpu
+
+CHAOS = os.environ.get("CHAOS") == "1"
 
 MIB = 1024**2
 
@@ -95,6 +100,21 @@ def test_a_measurement_that_cannot_be_kept_is_a_note_and_the_apply_has_worked(pl
     place.apply()
 
     assert (place.pids(), len(kept(place))) == (pids, 1)
+    place.assert_at_rest()
+
+
+@pytest.mark.parametrize("moment", ["begin", "written", "synced", "renamed", "done"] if CHAOS else ["renamed"])
+def test_p1_killed_while_a_measurement_is_kept_leaves_nothing_that_one_apply_does_not_put_right(
+    place: Place, moment: str
+) -> None:
+    place.gpus(Gpu(index=0))
+    place.write(place.gpu_fake("chat", mib=4096, gpu_memory="16GiB"))
+    place.apply(expect=-9, **place.failing(f"footprints.{moment}=kill"))
+    pids = place.pids()
+
+    place.apply()
+
+    assert (place.pids(), [fact.peak_bytes for fact in kept(place)]) == (pids, [4096 * MIB])
     place.assert_at_rest()
 
 
