@@ -1,17 +1,22 @@
 """The tests of one worker share the process that their commands are forked from; the longest tests come first."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.forks import Forks, forks
 
+CHAOS = os.environ.get("CHAOS") == "1"
+
 # Begun last, one of these would be waited for by all other workers.
 _LONG = ("test_kill_campaign.py", "test_races.py", "test_worlds.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in _LONG)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = [item for item in items if CHAOS or item.get_closest_marker("chaos") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = sorted(kept, key=lambda item: item.path.name not in _LONG)
 
 
 @pytest.fixture(scope="session")

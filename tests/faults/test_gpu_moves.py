@@ -112,7 +112,9 @@ def ended(process: "subprocess.Popen[str]", expect: int) -> Ran:
 # --- G7: memory that does not come back -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state_is_lost", [False, True], ids=["with state", "state was deleted"])
+@pytest.mark.parametrize(
+    "state_is_lost", [False, pytest.param(True, marks=pytest.mark.chaos)], ids=["with state", "state was deleted"]
+)
 def test_g7_memory_that_is_not_back_after_a_stop_closes_its_gpu_until_it_is(place: Place, state_is_lost: bool) -> None:
     machine(place, card())
     place.write(place.gpu_fake("chat", mib=10240))
@@ -161,6 +163,7 @@ def test_g7_engine_that_cannot_come_back_to_its_gpu_is_stuck_and_said_so(place: 
     place.assert_at_rest(again=True)
 
 
+@pytest.mark.chaos
 def test_g7_closed_gpu_stays_closed_when_its_engine_runs_elsewhere(place: Place) -> None:
     machine(place, card(0), card(1))
     place.write(place.gpu_fake("chat", mib=10240))
@@ -200,6 +203,7 @@ def test_g7_nothing_is_started_behind_a_stop_whose_memory_did_not_come_back(plac
     place.assert_at_rest(again=True)
 
 
+@pytest.mark.chaos
 def test_g7_memory_of_a_crash_that_never_comes_back_closes_the_gpu_too(place: Place) -> None:
     machine(place, card())
     place.write(place.gpu_fake("chat", mib=10240))

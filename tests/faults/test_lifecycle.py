@@ -217,10 +217,10 @@ def test_dependent_engine_starts_only_once_its_dependency_is_ready(place: Place)
     ("modes", "why", "last_line"),
     [
         (["--exit-code", "7"], "exited with code 7 before it was ready", "error: told to exit with 7"),
-        (["--never-ready"], "not ready after 2 s", "fake engine for bad-model"),
+        pytest.param(["--never-ready"], "not ready after 2 s", "fake engine for bad-model", marks=pytest.mark.chaos),
         (["--wrong-kind"], "not ready after 2 s: does not serve kind llm", "fake engine for bad-model"),
         (["--listen-port", "SPARE"], "not ready after 2 s: listens on 127.0.0.1:SPARE", "fake engine for bad-model"),
-        (["--mute"], "not ready after 2 s", "fake engine for bad-model"),
+        pytest.param(["--mute"], "not ready after 2 s", "fake engine for bad-model", marks=pytest.mark.chaos),
     ],
     ids=["exits at once", "never ready", "wrong kind", "listens elsewhere", "never answers"],
 )

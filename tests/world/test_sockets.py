@@ -26,7 +26,8 @@ def test_sockets_that_the_kernel_tells_of_are_those_that_it_shows(family: int, h
 
         assert told == shown
         assert (host, port, os.getuid(), os.fstat(server.fileno()).st_ino, True) in told
-        assert len(told) == 2
+        # More where an earlier test had the same port a moment ago.
+        assert len(told) >= 2
 
 
 def test_only_listening_sockets_are_told_of_where_they_are_asked_for() -> None:
