@@ -25,7 +25,7 @@ from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.label import LEADER, leader_text, variables
 from sage_reconcile.core.ledger import ledger
 from sage_reconcile.core.lookup import Lookup, ModelQuestion
-from sage_reconcile.core.observed import Engine, ObservedState, spec_of
+from sage_reconcile.core.observed import Engine, ObservedState, pids_not_given_back, spec_of
 from sage_reconcile.core.orders import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
 from sage_reconcile.core.plan import StartEngine
 from sage_reconcile.core.runtimes import is_served, program_of
@@ -267,7 +267,7 @@ class LocalHost:
     def _holding(self) -> set[int]:
         """The pids of dead engines whose memory was not back at the last look."""
         devices = self._observed.devices if self._observed is not None else ()
-        return {entry.pid for device in devices for entry in device.lingering}
+        return pids_not_given_back(devices)
 
     def _device_trouble(self, act: StartEngine) -> Spawned | None:
         """What comes of a start whose devices are not as planned, right before the program runs; None when they are.

@@ -17,7 +17,7 @@ from sage_reconcile.app.project import (
 from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.lookup import lookup
-from sage_reconcile.core.observed import ObservedState, project_engines
+from sage_reconcile.core.observed import ObservedState, pids_not_given_back, project_engines
 from sage_reconcile.core.plan import PlanOptions
 from sage_reconcile.drive.reconciler import Outcome, apply_plan, sound_plan
 from sage_reconcile.errors import Environment, InvalidManifests, Refused, Usage
@@ -213,8 +213,7 @@ def _forget_the_dead(host: LocalHost, observed: ObservedState, project: str, kep
     """Records of processes that were stopped, replaced, or wanted by nobody any more have nothing left to hint at."""
     alive = {engine.leader for engine in observed.engines}
     replaced = {engine.id for engine in observed.engines if engine.leader_alive}
-    # As long as its memory is not back, its record tells whose that is, and keeps the device closed.
-    holding = {entry.pid for device in observed.devices for entry in device.lingering}
+    holding = pids_not_given_back(observed.devices)
     records = Records(host.root)
     for record in records.read():
         if record.engine.project != project or record.leader in alive or record.leader.pid in holding:

@@ -9,11 +9,10 @@ from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.ledger import DRIVER_SLACK_BYTES
 from sage_reconcile.core.needs import need_of, shape_of, why_no_shape
 from sage_reconcile.core.observed import Device, Engine, ObservedState, spec_of
+from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes import is_served, runtime_of
 from sage_reconcile.core.spec import EngineSpec
-
-_GIB = 1024**3
 
 # A better figure is news where it differs by more than this from what an engine was given.
 _NEWS_SHARE = 0.10
@@ -44,21 +43,21 @@ def _of_a_start(engine: EngineId, place: Placement, spec: EngineSpec | None, obs
         for entry in device.lingering:
             if entry.engine == engine and device.uuid in place.devices:
                 yield (
-                    f"{engine} waits for {_gib(entry.held_bytes)} GiB of gpu{device.index} that its last process (pid "
+                    f"{engine} waits for {gib(entry.held_bytes)} GiB of gpu{device.index} that its last process (pid "
                     f"{entry.pid}) has not given back yet"
                 )
     if spec is None:
         return
     if place.memory_source == "name":
         why = why_no_shape(spec, observed)
-        yield f"{engine}: {_gib(place.memory_bytes_per_device)} GiB is a guess by its model's name: {why}"
+        yield f"{engine}: {gib(place.memory_bytes_per_device)} GiB is a guess by its model's name: {why}"
     if not place.memory_told:
-        yield f"{engine}: {runtime_of(spec).name} cannot be told to keep to {_gib(place.memory_bytes_per_device)} GiB"
+        yield f"{engine}: {runtime_of(spec).name} cannot be told to keep to {gib(place.memory_bytes_per_device)} GiB"
     shape = shape_of(spec, observed)
     if place.memory_source == "computed" and shape is not None:
         terms = footprint(shape, runtime_of(spec).serving(spec)).terms
         yield from (
-            f"{engine}: with a margin of {_gib(term.memory_bytes)} GiB: {term.why}"
+            f"{engine}: with a margin of {gib(term.memory_bytes)} GiB: {term.why}"
             for term in terms
             if term.name == "margin"
         )
@@ -72,7 +71,7 @@ def _of_a_running_one(engine: Engine, observed: ObservedState) -> Iterator[str]:
             continue
         uses, given = used.get(device.uuid, 0), place.counted_bytes_per_device
         if uses > given + DRIVER_SLACK_BYTES:
-            yield f"{engine.id} uses {_gib(uses)} GiB of gpu{device.index}, and was given {_gib(given)}"
+            yield f"{engine.id} uses {gib(uses)} GiB of gpu{device.index}, and was given {gib(given)}"
         if not uses and engine.state == "ready" and device.orphaned_bytes <= DRIVER_SLACK_BYTES:
             yield f"{engine.id} holds no memory of gpu{device.index}: nothing proves that it runs there"
         yield from _of_a_better_figure(engine, device, observed)
@@ -86,10 +85,6 @@ def _of_a_better_figure(engine: Engine, device: Device, observed: ObservedState)
     claim = need_of(spec, observed).on(device.uuid)
     if claim.source == "measured" and abs(claim.counted_bytes - given) > _NEWS_SHARE * given:
         yield (
-            f"{engine.id} was given {_gib(given)} GiB of gpu{device.index}; a start would now be given "
-            f"{_gib(claim.counted_bytes)}, measured"
+            f"{engine.id} was given {gib(given)} GiB of gpu{device.index}; a start would now be given "
+            f"{gib(claim.counted_bytes)}, measured"
         )
-
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.1f}"

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from sage_reconcile.core.compare import Change, written
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.identity import EngineId
-from sage_reconcile.core.needs import shape_of
+from sage_reconcile.core.needs import program_fact, shape_of
 from sage_reconcile.core.observed import Engine, ObservedState, model_of, spec_of
 from sage_reconcile.core.ordering import Draft
 from sage_reconcile.core.plan import PlanOptions, RelabelEngine, StartEngine, Step, StopEngine
 from sage_reconcile.core.resolved import Placement, Resolved
-from sage_reconcile.core.runtimes import program_of, runtime_of
+from sage_reconcile.core.runtimes import runtime_of
 from sage_reconcile.core.runtimes.base import device_env
 from sage_reconcile.core.spec import EngineSpec, canonical_json, default_fields, served_model
 
@@ -116,7 +116,8 @@ def resolved(wanted: Wanted, place: Placement, observed: ObservedState) -> Resol
     if wanted.pin is not None:
         return wanted.pin.resolved
     runtime = runtime_of(wanted.spec)
-    program = next(fact for fact in observed.programs if fact.name == program_of(wanted.spec))
+    program = program_fact(wanted.spec, observed)
+    assert program is not None
     return Resolved(
         placement=place,
         runtime=runtime.name,

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from sage_reconcile.core.desired import DesiredState, Wanted
+from sage_reconcile.core.device_shares import called, engine_holders, foreign_holders, holders_text
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.needs import device_count
 from sage_reconcile.core.observed import Engine, ObservedState, held_bytes
 from sage_reconcile.core.packing import Packing
 from sage_reconcile.core.puzzle import Candidate, Puzzle, Seat, kind_of, numbers_of, why_not
+from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.refusal import Refusal, Shortfall
 
 _GIB = 1024**3
@@ -106,7 +108,7 @@ def _refusal(candidate: Candidate, puzzle: Puzzle, packing: Packing) -> Refusal:
     shortfalls = tuple(_shortfall(candidate, number, puzzle, packing) for number in range(len(puzzle.devices)))
     fitting = sum(not entry.short_bytes and not entry.why_not for entry in shortfalls)
     sizes = {candidate.need.on(device.uuid).counted_bytes for device in puzzle.devices}
-    size = " to ".join(_gib(size) for size in sorted({min(sizes), max(sizes)}))
+    size = " to ".join(gib(size) for size in sorted({min(sizes), max(sizes)}))
     count = candidate.need.count
     wants = f"needs {count} GPUs x {size} GiB" if count > 1 else f"needs a GPU with {size} GiB"
     found = {0: "none fits"}.get(fitting, f"{fitting} fit{'s' if fitting == 1 else ''}")
@@ -138,12 +140,8 @@ def _shortfall(candidate: Candidate, number: int, puzzle: Puzzle, packing: Packi
     free = puzzle.free(device) - sum(size for _, size in others)
     free -= sum(held_bytes(engine, device.uuid) for engine in kept)
     held = [(size, f"{other.wanted.id}") for other, size in others]
-    held += [
-        (size, _called(engine, puzzle.desired))
-        for engine in (*puzzle.staying, *kept)
-        if (size := held_bytes(engine, device.uuid))
-    ]
-    held += [(holder.used_bytes, f"foreign pid {holder.pid} {holder.name}") for holder in device.holders]
+    held += engine_holders(device, (*puzzle.staying, *kept), puzzle.desired.project)
+    held += foreign_holders(device)
     dead = [entry for entry in device.lingering if entry.engine != candidate.wanted.id]
     held += [(entry.held_bytes, f"{entry.engine}, which ended as pid {entry.pid}") for entry in dead]
     unnamed = device.foreign_bytes - sum(holder.used_bytes for holder in device.holders)
@@ -158,17 +156,9 @@ def _shortfall(candidate: Candidate, number: int, puzzle: Puzzle, packing: Packi
         total_bytes=device.total_bytes,
         free_bytes=free,
         short_bytes=max(puzzle.need(candidate, device) - free, 0),
-        held_by=tuple(f"{who} ({_gib(size)})" for size, who in sorted(held, key=lambda entry: (-entry[0], entry[1]))),
+        held_by=holders_text(held),
         why_not=why_not(candidate, device) or elsewhere,
     )
-
-
-def _called(engine: Engine, desired: DesiredState) -> str:
-    return str(engine.id) if engine.id.project == desired.project else engine.id.full
-
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.1f}"
 
 
 def _would_help(
@@ -190,7 +180,7 @@ def _would_help(
             found.append(f"without foreign pid {pid} ({name})")
     for engine in _engines_that_hold(puzzle):
         if _helps(replace(quick, without_engines=frozenset({engine.leader})), candidate, packing):
-            found.append(f"without {_called(engine, puzzle.desired)}")
+            found.append(f"without {called(engine.id, puzzle.desired.project)}")
     if puzzle.desired.reserve_bytes:
         relaxed = replace(quick, desired=replace(puzzle.desired, reserve_bytes=0))
         found += ["device_reserve: none"] if _helps(relaxed, candidate, packing) else []

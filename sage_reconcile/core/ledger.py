@@ -11,6 +11,7 @@ from sage_reconcile.core.foreign import program_name
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.label import parse_label
 from sage_reconcile.core.observed import Device, Engine, Holder, Lingering
+from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.resolved import Placement
 
 # A device whose memory is used by a process that this machine does not show: it is in another pid namespace, or gone.
@@ -37,7 +38,7 @@ def misplaced(placement: Placement, used: Iterable[tuple[str, int]], devices: It
     elsewhere = [(names[uuid], size) for uuid, size in used if uuid not in placement.devices and size > 0]
     if not elsewhere:
         return ""
-    uses = ", ".join(f"{size / 1024**3:.1f} GiB of {name}" for name, size in elsewhere)
+    uses = ", ".join(f"{gib(size)} GiB of {name}" for name, size in elsewhere)
     planned = ", ".join(f"gpu{index}" for index in placement.device_indexes) or "no GPU"
     return f"uses {uses}, and was placed on {planned}"
 
@@ -223,7 +224,7 @@ def _closed(lingering: tuple[Lingering, ...], view: _View) -> str:
     found = next((entry for entry in lingering if entry.pid in stuck), None)
     if found is None:
         return ""
-    return f"{found.engine} (pid {found.pid}) ended, and {found.held_bytes / 1024**3:.1f} GiB did not come back"
+    return f"{found.engine} (pid {found.pid}) ended, and {gib(found.held_bytes)} GiB did not come back"
 
 
 def _holder(pid: int, used_bytes: int, processes: Mapping[int, ProcessFact]) -> Holder:

@@ -7,7 +7,7 @@ the model's own files, and at last what its name suggests.
 import hashlib
 from dataclasses import dataclass
 
-from sage_reconcile.core.facts import FootprintFact
+from sage_reconcile.core.facts import FootprintFact, ModelFact, ProgramFact
 from sage_reconcile.core.footprint import Footprint, by_name, context_bytes, footprint
 from sage_reconcile.core.observed import Device, ObservedState
 from sage_reconcile.core.quantities import bytes_of
@@ -75,14 +75,26 @@ def device_count(spec: EngineSpec) -> int:
     return spec.tensor_parallel * spec.pipeline_parallel
 
 
+def program_fact(spec: EngineSpec, observed: ObservedState) -> ProgramFact | None:
+    """What was found of its program; None where nobody looked."""
+    name = program_of(spec)
+    return next((fact for fact in observed.programs if fact.name == name), None)
+
+
+def model_fact(spec: EngineSpec, observed: ObservedState) -> ModelFact | None:
+    """What was found of its model; None where nobody looked."""
+    return next((fact for fact in observed.models if fact.model == spec.model), None)
+
+
 def shape_of(spec: EngineSpec, observed: ObservedState) -> ModelShape | None:
     """The shape of its model; None where that is not known."""
-    return next((fact.shape for fact in observed.models if fact.model == spec.model), None)
+    fact = model_fact(spec, observed)
+    return None if fact is None else fact.shape
 
 
 def why_no_shape(spec: EngineSpec, observed: ObservedState) -> str:
     """Why the shape of its model is not known; empty when it is."""
-    fact = next((fact for fact in observed.models if fact.model == spec.model), None)
+    fact = model_fact(spec, observed)
     return "nobody looked at the model" if fact is None else fact.shape_why
 
 
@@ -98,8 +110,8 @@ def footprint_key(spec: EngineSpec) -> str:
 
 def measured(spec: EngineSpec, device_name: str, observed: ObservedState) -> FootprintFact | None:
     """What such an engine was seen to take of a device of that name with today's program; None: it never was seen."""
-    program = program_of(spec)
-    version = next((fact.version for fact in observed.programs if fact.name == program), "")
+    program = program_fact(spec, observed)
+    version = "" if program is None else program.version
     key = footprint_key(spec)
     # Projects keep their measurements apart, so there may be several.
     facts = [

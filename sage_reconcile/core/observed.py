@@ -226,3 +226,8 @@ def model_of(engine: Engine) -> str:
         return served_model(spec)
     written = json.loads(engine.written)
     return str(written.get("served_name") or written.get("model") or "?")
+
+
+def pids_not_given_back(devices: Iterable[Device]) -> set[int]:
+    """The pids of dead engines whose memory is not back: their records tell whose it is, and keep devices closed."""
+    return {entry.pid for device in devices for entry in device.lingering}

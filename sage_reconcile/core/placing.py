@@ -14,7 +14,7 @@ from sage_reconcile.core.facts import RecordFact
 from sage_reconcile.core.housing import out_of_the_question, seated
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.lookup import why_unasked
-from sage_reconcile.core.needs import Claim, Need, need_of, shape_of
+from sage_reconcile.core.needs import Claim, Need, model_fact, need_of, program_fact, shape_of
 from sage_reconcile.core.observed import Engine, ObservedState, held_bytes, spec_of
 from sage_reconcile.core.placement import Taken, placement, port_of
 from sage_reconcile.core.plan import Blocked
@@ -260,7 +260,7 @@ def _missing_part(wanted: Wanted, observed: ObservedState, homeless: set[EngineI
         )
     if wanted.pin is not None:
         return None  # It ran with exactly this command: starting it again is the only question worth asking.
-    program = next((fact for fact in observed.programs if fact.name == program_of(spec)), None)
+    program = program_fact(spec, observed)
     unasked = f"nobody looked for the program {program_of(spec)}" if program is None else ""
     unasked = unasked or why_unasked(spec.model, observed)
     if unasked:
@@ -268,7 +268,7 @@ def _missing_part(wanted: Wanted, observed: ObservedState, homeless: set[EngineI
     assert program is not None
     if not program.argv:
         return Refusal(reason="program_missing", why=program.why, would_help=(runtime_of(spec).install_hint,))
-    model = next((fact for fact in observed.models if fact.model == spec.model), None)
+    model = model_fact(spec, observed)
     if is_path(spec.model) and model is not None and model.why:
         return Refusal(reason="model_missing", why=model.why)
     return _uneven_heads(wanted, observed) if needs_gpu(spec) else None

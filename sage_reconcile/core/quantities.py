@@ -87,6 +87,11 @@ def _ports(text: str) -> Iterator[int]:
         yield from range(first, last + 1)
 
 
+def gib(size: float) -> str:
+    """Bytes in GiB, as tables and sentences have them: "38.1"."""
+    return f"{size / _BYTES_PER_UNIT['GiB']:.1f}"
+
+
 def duration_text(seconds: float) -> str:
     """A duration for a person: "12s", "3m05s", "2h07m", "4d02h"."""
     whole = int(seconds)

@@ -7,10 +7,12 @@ its acts others may have taken what was free.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sage_reconcile.core.device_shares import foreign_holders, holders_text
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.ledger import DRIVER_SLACK_BYTES
 from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, held_bytes
 from sage_reconcile.core.plan import StartEngine, StopEngine
+from sage_reconcile.core.quantities import gib
 
 # A device is at rest when readings this far apart are equal.
 SETTLED_SECONDS = 0.25
@@ -18,8 +20,6 @@ SETTLED_SECONDS = 0.25
 LONGEST_WAIT_SECONDS = 30.0
 # How long devices may be out of sight before a start is given up.
 _UNSEEN_SECONDS = 3.0
-
-_GIB = 1024**3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ def may_start(
 def _lingering(devices: Iterable[Device]) -> str:
     """What dead engines have not given back of these devices, in a sentence; empty when there is nothing."""
     parts = [
-        f"{entry.held_bytes / _GIB:.1f} GiB of gpu{device.index} are still held by {entry.engine}, which ended as pid "
+        f"{gib(entry.held_bytes)} GiB of gpu{device.index} are still held by {entry.engine}, which ended as pid "
         f"{entry.pid}"
         for device in devices
         for entry in device.lingering
@@ -148,23 +148,23 @@ def trouble_on(act: StartEngine, devices: Iterable[Device], engines: Iterable[En
         share = place.memory_fraction * device.total_bytes
         if place.memory_told and share > place.memory_bytes_per_device + DRIVER_SLACK_BYTES:
             return (
-                f"gpu{index} has {device.total_bytes / _GIB:.1f} GiB in all now, of which it would be told to use "
-                f"{share / _GIB:.1f}, and {place.memory_bytes_per_device / _GIB:.1f} were planned"
+                f"gpu{index} has {gib(device.total_bytes)} GiB in all now, of which it would be told to use "
+                f"{gib(share)}, and {gib(place.memory_bytes_per_device)} were planned"
             )
         free = free_bytes(device, engines)
         if free < place.counted_bytes_per_device:
             return (
-                f"gpu{index} has {max(free, 0) / _GIB:.1f} GiB free, and it needs "
-                f"{place.counted_bytes_per_device / _GIB:.1f}: {_holders(device, engines)}"
+                f"gpu{index} has {gib(max(free, 0))} GiB free, and it needs "
+                f"{gib(place.counted_bytes_per_device)}: {_holders(device, engines)}"
             )
     return ""
 
 
 def _holders(device: Device, engines: Iterable[Engine]) -> str:
     held = [(size, str(engine.id)) for engine in engines if (size := held_bytes(engine, device.uuid))]
-    held += [(holder.used_bytes, f"foreign pid {holder.pid} {holder.name}") for holder in device.holders]
+    held += foreign_holders(device)
     held += [(device.orphaned_bytes, "no live process")] if device.orphaned_bytes > DRIVER_SLACK_BYTES else []
-    names = [f"{who} ({size / _GIB:.1f})" for size, who in sorted(held, key=lambda entry: (-entry[0], entry[1]))]
+    names = holders_text(held)
     return f"held by {', '.join(names)}" if names else "nobody is known to hold it"
 
 
@@ -188,5 +188,5 @@ def not_back(act: StopEngine, before: Iterable[tuple[str, int]], observed: Obser
             return f"the memory of {uuid} cannot be seen"
         more = device.orphaned_bytes - size
         if more > DRIVER_SLACK_BYTES:
-            return f"{more / _GIB:.1f} GiB of gpu{device.index} did not come back"
+            return f"{gib(more)} GiB of gpu{device.index} did not come back"
     return ""

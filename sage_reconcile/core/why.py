@@ -9,19 +9,17 @@ from dataclasses import dataclass
 
 from sage_reconcile.core.compare import current_process, why_missing
 from sage_reconcile.core.desired import DesiredState, Wanted
-from sage_reconcile.core.device_shares import Share, shares
+from sage_reconcile.core.device_shares import Share, engine_holders, foreign_holders, holders_text, shares
 from sage_reconcile.core.footprint import Footprint, footprint
 from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.label import parse_label
 from sage_reconcile.core.needs import Claim, Need, need_of, shape_of, why_no_shape
-from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, held_bytes, spec_of
+from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, spec_of
 from sage_reconcile.core.plan import Blocked, Plan, Step, after
 from sage_reconcile.core.refusal import Shortfall
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes import is_served, runtime_of
 from sage_reconcile.core.spec import EngineSpec, needs_gpu, parse_written
-
-_GIB = 1024**3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,8 +236,7 @@ def _shortfall(
     own = sum(entry.held_bytes for entry in device.lingering if entry.engine == the_id)
     others = tuple(others)
     free = free_bytes(device, others) - reserve_bytes + own
-    held = [(size, _called(engine, the_id)) for engine in others if (size := held_bytes(engine, device.uuid))]
-    held += [(holder.used_bytes, f"foreign pid {holder.pid} {holder.name}") for holder in device.holders]
+    held = engine_holders(device, others, the_id.project) + foreign_holders(device)
     missing = 0 if device.uuid in here else max(need.on(device.uuid).counted_bytes - free, 0)
     return Shortfall(
         index=device.index,
@@ -247,13 +244,9 @@ def _shortfall(
         total_bytes=device.total_bytes,
         free_bytes=free,
         short_bytes=missing,
-        held_by=tuple(f"{who} ({size / _GIB:.1f})" for size, who in sorted(held, key=lambda one: (-one[0], one[1]))),
+        held_by=holders_text(held),
         why_not=f"closed: {device.closed}" if device.closed and device.uuid not in here else "",
     )
-
-
-def _called(engine: Engine, beside: EngineId) -> str:
-    return str(engine.id) if engine.id.project == beside.project else engine.id.full
 
 
 def _why_there(

@@ -4,7 +4,7 @@ from typing import Any
 
 from sage_reconcile.core.device_shares import Share, shares
 from sage_reconcile.core.observed import Device, Engine, Holder, Lingering, ObservedState, free_bytes, held_bytes
-from sage_reconcile.render.device_names import gib
+from sage_reconcile.core.quantities import gib
 from sage_reconcile.render.lines import flowed, sentence
 from sage_reconcile.render.paint import PLAIN, Paint
 from sage_reconcile.render.plan_json import FORMAT_VERSION, timestamp

@@ -6,10 +6,10 @@ import re
 from sage_reconcile.core.device_table import device_rows
 from sage_reconcile.core.observed import ObservedState
 from sage_reconcile.core.plan import Blocked, Plan, Step
-from sage_reconcile.core.quantities import size_text
+from sage_reconcile.core.quantities import gib, size_text
 from sage_reconcile.core.refusal import Shortfall
 from sage_reconcile.core.resolved import Placement
-from sage_reconcile.render.device_names import device_name, gib
+from sage_reconcile.render.device_names import device_name
 from sage_reconcile.render.lines import WIDTH, flowed, sentence, words
 from sage_reconcile.render.paint import PLAIN, Paint
 

@@ -4,9 +4,8 @@ from typing import Any
 
 from sage_reconcile.core.facts import AppliedFact, RecordFact
 from sage_reconcile.core.observed import Engine, ObservedState, model_of, spec_of
-from sage_reconcile.core.quantities import duration_text
+from sage_reconcile.core.quantities import duration_text, gib
 from sage_reconcile.core.spec import parse_written, served_model
-from sage_reconcile.render.device_names import gib
 from sage_reconcile.render.gpu_text import devices_json
 from sage_reconcile.render.paint import PLAIN, Paint, columns
 from sage_reconcile.render.plan_json import FORMAT_VERSION, timestamp

@@ -2,12 +2,13 @@
 
 from sage_reconcile.core.footprint import Footprint, Term
 from sage_reconcile.core.observed import Engine, ObservedState
+from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.refusal import Shortfall
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes import runtime_of
 from sage_reconcile.core.spec import needs_gpu, served_model
 from sage_reconcile.core.why import DeviceWhy, EngineWhy
-from sage_reconcile.render.device_names import device_name, gib
+from sage_reconcile.render.device_names import device_name
 from sage_reconcile.render.gpu_text import device_lines
 from sage_reconcile.render.lines import flowed, sentence, words
 from sage_reconcile.render.paint import PLAIN, Paint
