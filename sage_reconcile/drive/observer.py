@@ -32,4 +32,8 @@ def observe(doors: Doors) -> ObservedState:
     )
     if not answering:
         return unasked
-    return assemble(replace(facts, healths=doors.healths(answering)))
+    healths = doors.healths(answering)
+    if any(fact.health == "refused" for fact in healths):
+        # It listened when it was seen, and does not any more: what ended since is gone, and not unwell.
+        facts = doors.facts()
+    return assemble(replace(facts, healths=healths))
