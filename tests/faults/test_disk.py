@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+import sage_reconcile
 from sage_reconcile.core.facts import RecordFact, RouterFact
 from sage_reconcile.core.journal import (
     ActBegun,
@@ -432,6 +433,56 @@ def test_d3_file_that_may_not_grow_starts_nothing_unrecorded_and_one_apply_heals
     assert unrecorded(place.state) == () and place.pids() == {}
     place.apply()
     place.assert_at_rest()
+
+
+def compiled(root: Path) -> list[Path]:
+    return sorted(root.glob("sage_reconcile/**/*.pyc"))
+
+
+def commands_of_a_copy(root: Path, **how: Any) -> Ran:
+    """`sage schema` from a copy of the program that no command ran from before: Python compiles its modules."""
+    return run_sage(root / "state", "schema", directory=root, more_environment={"PYTHONPATH": str(root)}, **how)
+
+
+def copy_of_the_program(root: Path) -> None:
+    shutil.copytree(
+        Path(sage_reconcile.__file__).parent, root / "sage_reconcile", ignore=shutil.ignore_patterns("__pycache__")
+    )
+
+
+def test_d3_program_that_is_first_run_under_a_limit_runs_afterwards(tmp_path: Path) -> None:
+    """Python itself keeps what it could write of a compiled module, and fails on it ever after."""
+    copy_of_the_program(tmp_path)
+
+    commands_of_a_copy(tmp_path, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)))
+
+    assert commands_of_a_copy(tmp_path).code == 0
+    assert len(compiled(tmp_path)) > 10, "with room, modules are compiled once"
+
+
+def test_d1_program_that_is_first_run_on_a_full_disk_runs_afterwards(tmp_path: Path) -> None:
+    """A real tmpfs, in a mount namespace."""
+    inside(("mount",), on_a_disk_without_room, str(tmp_path))
+
+
+def on_a_disk_without_room(root: str) -> None:
+    place = Path(root) / "place"
+    place.mkdir()
+    mount("-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", str(place))
+    copy_of_the_program(place)
+    # Half of a module fits: which room makes that so depends on the modules.
+    for pages in range(6, 10):
+        for directory in place.glob("**/__pycache__"):
+            shutil.rmtree(directory)
+        (place / "filler").unlink(missing_ok=True)
+        (place / "filler").write_bytes(bytes(free_bytes(place) - pages * 4096))
+
+        assert [commands_of_a_copy(place).code for _ in range(2)] == [0, 0]
+
+
+def free_bytes(path: Path) -> int:
+    file_system = os.statvfs(path)
+    return file_system.f_bavail * file_system.f_frsize
 
 
 @LONG
