@@ -58,7 +58,7 @@ def until(found: Callable[[], _T], what: str, seconds: float = DEADLINE_SECONDS)
 
 def fake(name: str, *modes: str, kind: str = "llm", **fields: Any) -> dict[str, Any]:
     """An engine of a manifest: the fake one, in these modes, without a GPU and quick to be stopped."""
-    command = [sys.executable, str(FAKE_ENGINE), "--port", "{port}", "--host", "{host}", "--model", "{model}"]
+    command = [sys.executable, "-S", str(FAKE_ENGINE), "--port", "{port}", "--host", "{host}", "--model", "{model}"]
     return {
         "name": name,
         "kind": kind,

@@ -51,23 +51,27 @@ it dies when it sees none, and when one has not enough memory. It is not ready b
 --claims-on GPU        takes it of this one (index of NVML, or UUID), whatever it sees
 """
 
+from __future__ import annotations
+
 import argparse
-import ctypes
-import hashlib
 import json
 import math
 import os
 import signal
 import socket
 import socketserver
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any, NoReturn
+
+# By its own name alone, because this is run as a script. What few engines need is imported where they need it, and what
+# only annotations need, never: most of an engine's start is its imports.
+from small_http import Exchange
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any, NoReturn
 
 _GENERATE = ("/v1/chat/completions", "/v1/completions")
 _EMBED = ("/v1/embeddings", "/v1/rerank")
@@ -130,7 +134,7 @@ def _arguments() -> argparse.Namespace:
     flag("--record")
     flag("--say", action="append", default=[])
     flag("--told")
-    flag("--fake-nvml", type=Path)
+    flag("--fake-nvml")
     for name in ("gpu-memory", "memory-grows-to"):
         flag(f"--{name}", type=int)
     flag("--memory-after", type=float, default=0.0)
@@ -244,6 +248,7 @@ _FORK_AGAIN = (
 
 def _fork_child(args: argparse.Namespace, *held_fds: int) -> int:
     """Its pid."""
+    import subprocess
 
     def ignore_term() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -264,9 +269,11 @@ def _fork_child(args: argparse.Namespace, *held_fds: int) -> int:
 
 def _load(args: argparse.Namespace, state: _State, holder: int) -> None:
     """Begin to take the memory of the GPUs, on behalf of the process `holder`."""
-    # Here, because most engines have no GPU and start faster without; so, because this is run as a script.
+    from pathlib import Path
+
     from fakenvml import cuda, device
 
+    args.fake_nvml = Path(args.fake_nvml)
     gpus = cuda.visible(args.fake_nvml, os.environ)
     if args.claims_on is not None:
         gpus = (device(args.fake_nvml, args.claims_on).uuid,)
@@ -325,12 +332,14 @@ def _serve(args: argparse.Namespace, state: _State) -> None:
     server.serve_forever(poll_interval=_TURN_SECONDS)
 
 
-def _serve_without_first_thread(server: "_Server") -> None:
+def _serve_without_first_thread(server: _Server) -> None:
     threading.Thread(target=server.serve_forever, args=(_TURN_SECONDS,)).start()
     asked = threading.Event()
     signal.signal(signal.SIGUSR1, lambda _number, _frame: asked.set())
     while not asked.is_set():
         time.sleep(_TURN_SECONDS)
+    import ctypes
+
     # The process goes on: to the system its first thread is a zombie.
     ctypes.CDLL(None).pthread_exit(None)
 
@@ -357,18 +366,15 @@ def _sleep(seconds: float) -> None:
         time.sleep(min(left, _TURN_SECONDS))
 
 
-class _Server(ThreadingHTTPServer):
+class _Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
+    allow_reuse_address = True
     request_queue_size = 512
 
     def __init__(self, address: tuple[str, int], state: _State) -> None:
         self.state = state
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Exchange)
-
-    def server_bind(self) -> None:
-        # HTTPServer's own looks up the machine's name, which can take seconds.
-        socketserver.TCPServer.server_bind(self)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away between two requests is no news."""
@@ -378,9 +384,7 @@ class _ClientGone(Exception):
     pass
 
 
-class _Exchange(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
+class _Exchange(Exchange):
     server: _Server
 
     def do_GET(self) -> None:
@@ -484,8 +488,8 @@ class _Exchange(BaseHTTPRequestHandler):
             return False
 
     def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Transfer-Encoding").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", "0")))
         parts = []
         while size := int(self.rfile.readline().split(b";")[0], 16):
             parts.append(self.rfile.read(size))
@@ -519,9 +523,6 @@ class _Exchange(BaseHTTPRequestHandler):
         self.send_header("X-Fake-Pid", str(os.getpid()))
         super().end_headers()
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Silent: nobody may be reading, and a full pipe would block every request."""
-
 
 def _message(path: str, model: str, text: str, *, chunk: bool = False, finished: bool = True) -> dict[str, Any]:
     said: dict[str, Any] = {"text": text}
@@ -546,6 +547,8 @@ def _embeddings(args: argparse.Namespace, request: dict[str, Any]) -> dict[str, 
 
 
 def _vector(args: argparse.Namespace, text: str) -> list[float]:
+    import hashlib
+
     digest = hashlib.shake_256(f"{args.model}\n{text}".encode()).digest(args.dim)
     return [byte / 255 for byte in digest]
 

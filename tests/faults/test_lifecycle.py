@@ -578,6 +578,7 @@ def test_engines_of_others_are_shown_once_and_never_touched(place: Place, tmp_pa
     """A program, a module and a wrapper with its child; the program carries a part of a token that somebody forged."""
     ports = list(place.spare[:3])
     server = f"#!{sys.executable}\nimport runpy, sys\n" + (
+        f"sys.path.insert(0, {str(FAKE_ENGINE.parent)!r})\n"
         f"sys.argv = ['fake', '--port', sys.argv[-1].rpartition('=')[2]]\nrunpy.run_path({str(FAKE_ENGINE)!r}, "
         "run_name='__main__')\n"
     )

@@ -491,6 +491,7 @@ def vllm(place: Place, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "kept = [word for name in ('--port', '--host') for word in (name, words[words.index(name) + 1])]\n"
         "model = words[words.index('--served-model-name') + 1]\n"
         "sys.argv = ['fake', *kept, '--model', model]\n"
+        f"sys.path.insert(0, {str(FAKE_ENGINE.parent)!r})\n"
         f"runpy.run_path({str(FAKE_ENGINE)!r}, run_name='__main__')\n",
         encoding="utf-8",
     )
