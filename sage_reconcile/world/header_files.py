@@ -6,11 +6,27 @@ Only regular files are read, only from their beginning, and never more than the 
 import json
 import os
 import stat
-from typing import Any
+from typing import Any, Protocol
 
 
 class BadFile(Exception):
     """A file cannot be taken; the message is a sentence that names it."""
+
+
+class Readable(Protocol):
+    """A file of which the beginning can be read."""
+
+    @property
+    def path(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    def read(self, length: int, *, offset: int) -> bytes:
+        """Exactly `length` bytes. Raises BadFile when the file ends before."""
+        ...
 
 
 class HeaderFile:
@@ -56,12 +72,11 @@ class HeaderFile:
         return b"".join(pieces)
 
 
-def read_json(path: str, *, largest_bytes: int) -> dict[str, Any]:
-    """The JSON object in a file."""
-    with HeaderFile(path) as file:
-        if file.size_bytes > largest_bytes:
-            raise BadFile(f"{path} is larger than {largest_bytes:,} bytes")
-        return json_object(file.read(file.size_bytes, offset=0), path)
+def read_json(file: Readable, *, largest_bytes: int) -> dict[str, Any]:
+    """The JSON object in a file. Raises BadFile."""
+    if file.size_bytes > largest_bytes:
+        raise BadFile(f"{file.path} is larger than {largest_bytes:,} bytes")
+    return json_object(file.read(file.size_bytes, offset=0), file.path)
 
 
 # A list or an object takes some 100 bytes of memory, so that these many of them stay below half a gigabyte.

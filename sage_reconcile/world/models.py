@@ -10,23 +10,14 @@ from pathlib import Path
 
 from sage_reconcile.core.facts import ModelFact
 from sage_reconcile.core.gguf_shape import GgufHeader, shape_of_gguf
-from sage_reconcile.core.model_shape import shape_of_config
 from sage_reconcile.core.shape import ModelShape, UnknownShape
 from sage_reconcile.core.spec import is_path
-from sage_reconcile.core.tensor_roles import Tensor
 from sage_reconcile.world.gguf_headers import gguf_header
-from sage_reconcile.world.header_files import BadFile, HeaderFile, read_json
-from sage_reconcile.world.safetensors_headers import tensors_of
+from sage_reconcile.world.header_files import BadFile, HeaderFile
+from sage_reconcile.world.model_files import CONFIG, MOST_FILES, shape_of_files
 
-# The largest config.json are some 100 KB, the largest index of tensors 15 MB (a trillion parameters in experts).
-_LARGEST_CONFIG_BYTES = 8 * 1024 * 1024
-_LARGEST_INDEX_BYTES = 64 * 1024 * 1024
 _LARGEST_REFERENCE_BYTES = 256
-# The largest models have some 200 files.
-_MOST_FILES = 2000
 _MOST_ENTRIES = 20_000
-# Tensors of all files together: twenty times those of the largest model.
-_MOST_TENSORS = 4_000_000
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?", re.ASCII)
 _SNAPSHOT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
@@ -122,61 +113,26 @@ def _names(directory: str) -> tuple[str, ...]:
 
 
 def _directory_shape(directory: str) -> ModelShape | UnknownShape:
-    names = _names(directory)
-    if "config.json" not in names:
-        ggufs = [name for name in names if name.endswith(".gguf") and not name.startswith("mmproj")]
+    files = _Directory(directory)
+    if CONFIG not in files.names:
+        ggufs = [name for name in files.names if name.endswith(".gguf") and not name.startswith("mmproj")]
         if len(ggufs) == 1 or (ggufs and _SPLIT_GGUF.fullmatch(ggufs[0]) is not None):
             return _gguf_shape(os.path.join(directory, ggufs[0]))
-        raise BadFile(f"{directory} has no config.json")
-    config = read_json(os.path.join(directory, "config.json"), largest_bytes=_LARGEST_CONFIG_BYTES)
-    files, total_bytes = _weight_files(directory, names)
-    missing = [name for name in files if not os.path.exists(os.path.join(directory, name))]
-    if not files or missing:
-        # The weights are not here, or not all of them yet.
-        return shape_of_config(config, total_bytes=total_bytes or _other_weights_bytes(directory, names))
-    tensors: list[Tensor] = []
-    for name in files:
-        tensors += tensors_of(os.path.join(directory, name))
-        if len(tensors) > _MOST_TENSORS:
-            raise BadFile(f"{directory} holds more tensors than any model has")
-    return shape_of_config(config, tensors=tuple(tensors))
+        raise BadFile(f"{directory} has no {CONFIG}")
+    return shape_of_files(files)
 
 
-def _weight_files(directory: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
-    """The files that an engine loads, and the bytes that all of them say to have together; 0: not said.
+class _Directory:
+    """A directory of this machine as ModelFiles. Raises BadFile when it cannot be listed."""
 
-    Some repositories hold the weights twice, once in Mistral's own format (consolidated*): the index tells which count.
-    """
-    index = "model.safetensors.index.json"
-    if index in names:
-        found = read_json(os.path.join(directory, index), largest_bytes=_LARGEST_INDEX_BYTES)
-        places, facts = found.get("weight_map"), found.get("metadata")
-        files = sorted({name for name in places.values() if isinstance(name, str)}) if isinstance(places, dict) else []
-        if not files or len(files) > _MOST_FILES or any(not _is_weight_name(name) for name in files):
-            raise BadFile(f"{os.path.join(directory, index)} does not say which files hold the weights")
-        total = facts.get("total_size") if isinstance(facts, dict) else 0
-        return tuple(files), total if type(total) is int and 0 < total < 1 << 50 else 0
-    if "model.safetensors" in names:
-        return ("model.safetensors",), 0
-    every = [name for name in names if _is_weight_name(name)]
-    if len(every) > _MOST_FILES:
-        raise BadFile(f"{directory} holds {len(every):,} files of weights, which is no model")
-    usual = [name for name in every if not name.startswith("consolidated")]
-    return tuple(usual or every), 0
+    def __init__(self, path: str) -> None:
+        self.place, self.names = path, _names(path)
 
+    def has(self, name: str) -> bool:
+        return os.path.exists(os.path.join(self.place, name))
 
-def _is_weight_name(name: str) -> bool:
-    return name.endswith(".safetensors") and "/" not in name and "\0" not in name
-
-
-def _other_weights_bytes(directory: str, names: tuple[str, ...]) -> int:
-    """The bytes of weights in PyTorch's older format, which is not looked into; 0: there are none."""
-    total = 0
-    for name in names:
-        if name.startswith("pytorch_model") and name.endswith(".bin"):
-            with HeaderFile(os.path.join(directory, name)) as file:
-                total += file.size_bytes
-    return total
+    def open(self, name: str) -> HeaderFile:
+        return HeaderFile(os.path.join(self.place, name))
 
 
 def _gguf_shape(path: str) -> ModelShape | UnknownShape:
@@ -185,7 +141,7 @@ def _gguf_shape(path: str) -> ModelShape | UnknownShape:
     if split is None or int(split["count"]) <= 1:
         return _named(shape_of_gguf(first), path)
     count = int(split["count"])
-    if count > _MOST_FILES or split["number"] != "00001":
+    if count > MOST_FILES or split["number"] != "00001":
         raise BadFile(f"{path} is not the first file of its model")
     headers = [first] + [
         gguf_header(f"{split['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(2, count + 1)

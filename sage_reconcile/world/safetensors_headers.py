@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sage_reconcile.core.tensor_roles import Tensor
-from sage_reconcile.world.header_files import BadFile, HeaderFile, json_object
+from sage_reconcile.world.header_files import BadFile, Readable, json_object
 
 # The format's own limit.
 _LARGEST_HEADER_BYTES = 100_000_000
@@ -16,17 +16,19 @@ _LONGEST_NAME = 1000
 _DTYPE_LENGTHS = range(1, 17)
 
 
-def tensors_of(path: str) -> tuple[Tensor, ...]:
-    """Every tensor of one file.
+def header_bytes(file: Readable) -> int:
+    """The length of a file's header behind its first eight bytes. Raises BadFile."""
+    length = int.from_bytes(file.read(8, offset=0), "little")
+    if length > _LARGEST_HEADER_BYTES:
+        raise BadFile(f"{file.path} is not a safetensors file: its header would take {length:,} bytes")
+    return length
 
-    Raises BadFile with a sentence.
-    """
-    with HeaderFile(path) as file:
-        length = int.from_bytes(file.read(8, offset=0), "little")
-        if length > _LARGEST_HEADER_BYTES:
-            raise BadFile(f"{path} is not a safetensors file: its header would take {length:,} bytes")
-        header = json_object(file.read(length, offset=8), path)
-        return tuple(_tensors(header, path, data_bytes=file.size_bytes - 8 - length))
+
+def tensors_of(file: Readable) -> tuple[Tensor, ...]:
+    """Every tensor of one file. Raises BadFile."""
+    length = header_bytes(file)
+    header = json_object(file.read(length, offset=8), file.path)
+    return tuple(_tensors(header, file.path, data_bytes=file.size_bytes - 8 - length))
 
 
 def _tensors(header: dict[str, Any], path: str, *, data_bytes: int) -> Iterator[Tensor]:
