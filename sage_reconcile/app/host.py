@@ -17,14 +17,13 @@ from sage_reconcile.core.facts import (
     Gap,
     HealthFact,
     KnownEngine,
-    ModelFact,
     ProcessFact,
     RecordFact,
 )
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.label import LEADER, leader_text, variables
 from sage_reconcile.core.ledger import ledger
-from sage_reconcile.core.lookup import Lookup, ModelQuestion
+from sage_reconcile.core.lookup import Lookup
 from sage_reconcile.core.observed import Engine, ObservedState, pids_not_given_back, spec_of
 from sage_reconcile.core.orders import Kill, Mark, Order, Prove, Relabel, Spawn, Spawned, Terminate
 from sage_reconcile.core.plan import StartEngine
@@ -38,7 +37,7 @@ from sage_reconcile.world.failpoints import failpoint
 from sage_reconcile.world.gpus import Gpus
 from sage_reconcile.world.journal_file import AppliedRevisions
 from sage_reconcile.world.logs import cut_long_log, log_path, new_log
-from sage_reconcile.world.models import model_fact
+from sage_reconcile.world.models import Models
 from sage_reconcile.world.probes import Prober, Question
 from sage_reconcile.world.programs import Versions, programs
 from sage_reconcile.world.records import Records
@@ -72,8 +71,7 @@ class LocalHost:
     # What engines were seen to take of their devices.
     measured: Measured = field(init=False)
     _applied: AppliedRevisions = field(init=False)
-    # What was found of each model. Its files are read once: a look comes ten times a second.
-    _models: dict[ModelQuestion, ModelFact] = field(default_factory=dict)
+    _models: Models = field(default_factory=Models)
     # The last look's facts and what they mean.
     _facts: Facts | None = None
     _observed: ObservedState | None = None
@@ -145,7 +143,7 @@ class LocalHost:
             client_ports=sockets.client_ports(),
             busy_ports=sockets.busy_ports(self.lookup.ports),
             programs=programs(self.lookup.programs, self._versions),
-            models=tuple(self._model(question) for question in self.lookup.models),
+            models=tuple(map(self._models.fact, self.lookup.models)),
             records=records,
             known=tuple(self._known.values()),
             routers=read_routers(self.root),
@@ -155,12 +153,6 @@ class LocalHost:
             gaps=(*process_gaps, *socket_gaps, *device_gaps, *map(_newer, newer)),
         )
         return self._facts
-
-    def _model(self, question: ModelQuestion) -> ModelFact:
-        if question not in self._models:
-            environment = processes.inherited(os.environ) | dict(question.env)
-            self._models[question] = model_fact(question.model, environment=environment, shape=question.shape)
-        return self._models[question]
 
     def healths(self, engines: tuple[Engine, ...]) -> tuple[HealthFact, ...]:
         questions = [_question(engine) for engine in engines]

@@ -73,4 +73,5 @@ def _asked(ids: list[EngineId], desired: DesiredState | None, observed: Observed
     wanted = tuple(one.spec for one in desired.wanted) if desired is not None else ()
     found = [spec_of(engine) for engine in observed.engines if engine.id in ids]
     found += [parse_written(applied.written) for applied in observed.applied if applied.engine in ids]
-    return replace(asked, models=questions((*wanted, *(spec for spec in found if spec is not None))))
+    specs = (*wanted, *(spec for spec in found if spec is not None))
+    return replace(asked, models=questions(specs, ask_hub=desired is not None and desired.ask_hub))

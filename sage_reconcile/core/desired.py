@@ -55,5 +55,7 @@ class DesiredState:
     prune_ids: frozenset[EngineId] | None = None
     # Bytes to keep free on each device.
     reserve_bytes: int = 0
+    # Whether the hub may be asked for the shape of a model that is not in its cache.
+    ask_hub: bool = False
     # "sha256:..." of the files read; empty when none were.
     digest: str = ""

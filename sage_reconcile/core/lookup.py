@@ -22,6 +22,8 @@ class ModelQuestion:
     env: tuple[tuple[str, str], ...] = ()
     # Whether its memory matters.
     shape: bool = False
+    # Whether the hub may be asked for that, where its cache does not tell.
+    hub: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,20 +39,22 @@ def lookup(desired: DesiredState) -> Lookup:
     """The programs, models and ports that a plan for this state asks about."""
     return Lookup(
         programs=tuple((program_of(wanted.spec), wanted.directory) for wanted in desired.wanted),
-        models=questions(tuple(wanted.spec for wanted in desired.wanted)),
+        models=questions(tuple(wanted.spec for wanted in desired.wanted), ask_hub=desired.ask_hub),
         ports=frozenset(wanted.spec.port for wanted in desired.wanted if isinstance(wanted.spec.port, int)).union(
             *(ports_of(pool) for pool in (desired.ports.llm, desired.ports.embedding, desired.ports.rerank))
         ),
     )
 
 
-def questions(specs: tuple[EngineSpec, ...]) -> tuple[ModelQuestion, ...]:
+def questions(specs: tuple[EngineSpec, ...], *, ask_hub: bool = False) -> tuple[ModelQuestion, ...]:
     """Paths, because they may be missing; and the models of all that goes on GPUs. The first engine of each asks."""
     found: dict[str, ModelQuestion] = {}
     for spec in specs:
         on_gpu, earlier = needs_gpu(spec), found.get(spec.model)
         if (is_path(spec.model) or on_gpu) and (earlier is None or (on_gpu and not earlier.shape)):
-            found[spec.model] = ModelQuestion(model=spec.model, env=tuple(sorted(spec.env.items())), shape=on_gpu)
+            env = tuple(sorted(spec.env.items()))
+            hub = ask_hub and on_gpu and not is_path(spec.model)
+            found[spec.model] = ModelQuestion(model=spec.model, env=env, shape=on_gpu, hub=hub)
     return tuple(found.values())
 
 

@@ -254,6 +254,9 @@ class ProjectSettings(Written):
     device_reserve: Annotated[str, BeforeValidator(_memory)] | None = Field(
         default=None, description="Memory to keep free on each device."
     )
+    ask_hub: bool = Field(
+        default=False, description="Ask the Hugging Face hub for the shape of a model that is not in its cache."
+    )
     guards: Guards = Field(default=Guards(), description="Limits on what one apply may take away.")
     router: RouterSettings = Field(default=RouterSettings(), description="The router's address.")
 

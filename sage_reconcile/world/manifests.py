@@ -114,6 +114,7 @@ def _desired(
         wanted=tuple(sorted(wanted, key=lambda one: one.id)),
         ports=settings.ports,
         router=settings.router,
+        ask_hub=settings.ask_hub,
         reserve_bytes=bytes_of(settings.device_reserve) if settings.device_reserve is not None else 0,
         prune_stacks=None if reading.whole else tuple(sorted({entry.stack for s in stacks for entry in s.entries})),
         digest=digest(reading.files),

@@ -1,38 +1,74 @@
 """The shapes of models that lie on this machine: a directory, a GGUF file, or the cache of the Hugging Face hub.
 
-Only headers are read, and never the network. Whatever a file holds, the answer is a shape or a sentence.
+Only headers are read. Whatever a file holds, the answer is a shape or a sentence.
 """
 
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sage_reconcile.core.facts import ModelFact
 from sage_reconcile.core.gguf_shape import GgufHeader, shape_of_gguf
+from sage_reconcile.core.lookup import ModelQuestion
 from sage_reconcile.core.shape import ModelShape, UnknownShape
 from sage_reconcile.core.spec import is_path
 from sage_reconcile.world.gguf_headers import gguf_header
 from sage_reconcile.world.header_files import BadFile, HeaderFile
+from sage_reconcile.world.hub_places import home_path, hub_cache, is_hub_id
 from sage_reconcile.world.model_files import CONFIG, MOST_FILES, shape_of_files
+from sage_reconcile.world.processes import inherited
+
+if TYPE_CHECKING:
+    from sage_reconcile.world.hub import Hub
 
 _LARGEST_REFERENCE_BYTES = 256
 _MOST_ENTRIES = 20_000
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?", re.ASCII)
 _SNAPSHOT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _SPLIT_GGUF = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII | re.DOTALL)
 
 
-def model_fact(model: str, *, environment: Mapping[str, str], shape: bool) -> ModelFact:
+class Models:
+    """What was found of each model. Its files are read once: a look comes ten times a second."""
+
+    def __init__(self) -> None:
+        self._found: dict[ModelQuestion, ModelFact] = {}
+        self._hub: Hub | None = None
+
+    def fact(self, question: ModelQuestion) -> ModelFact:
+        """What is found of a model for an engine that inherits this process's environment."""
+        if question not in self._found:
+            self._found[question] = model_fact(
+                question.model,
+                environment=inherited(os.environ) | dict(question.env),
+                shape=question.shape,
+                hub=self._the_hub() if question.hub else None,
+            )
+        return self._found[question]
+
+    def _the_hub(self) -> "Hub":
+        # Imported here: it takes 0.05 s, and hardly anybody needs it.
+        from sage_reconcile.world.hub import Hub
+
+        self._hub = self._hub or Hub()
+        return self._hub
+
+
+def model_fact(model: str, *, environment: Mapping[str, str], shape: bool, hub: "Hub | None" = None) -> ModelFact:
     """Whether a model can be read, where it is a path; and its shape, where that was asked for.
 
     A path is absolute. A model on the hub that is not in its cache is none that is missing: the engine may fetch it.
+    Of such a one the hub is asked, when one is given.
     """
     why = _why_unusable(Path(model)) if is_path(model) else ""
     if why or not shape:
         return ModelFact(model=model, why=why)
     found = model_shape(model, directory="/", environment=environment)
+    if isinstance(found, UnknownShape) and not is_path(model) and is_hub_id(model):
+        here, found = found, hub.shape(model, environment) if hub else UnknownShape(why="ask_hub is not set")
+        found = UnknownShape(why=f"{here.why}, and {found.why}") if isinstance(found, UnknownShape) else found
     if isinstance(found, UnknownShape):
         return ModelFact(model=model, shape_why=found.why)
     return ModelFact(model=model, shape=found)
@@ -57,31 +93,16 @@ def model_shape(model: str, *, directory: str, environment: Mapping[str, str]) -
     """
     try:
         if is_path(model):
-            path = os.path.join(directory, _home_path(model, environment))
+            path = os.path.join(directory, home_path(model, environment))
             return _gguf_shape(path) if path.endswith(".gguf") else _directory_shape(path)
         return _directory_shape(_snapshot(model, environment))
     except BadFile as bad:
         return UnknownShape(why=str(bad))
 
 
-def _home_path(path: str, environment: Mapping[str, str]) -> str:
-    return os.path.join(environment.get("HOME", "/"), path[2:]) if path.startswith("~/") else path
-
-
-def hub_cache(environment: Mapping[str, str]) -> str:
-    """The directory of the hub's cache, as huggingface_hub finds it."""
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if environment.get(name):
-            return _home_path(environment[name], environment)
-    if environment.get("HF_HOME"):
-        return os.path.join(_home_path(environment["HF_HOME"], environment), "hub")
-    caches = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", "/"), ".cache")
-    return os.path.join(caches, "huggingface", "hub")
-
-
 def _snapshot(model: str, environment: Mapping[str, str]) -> str:
     """The directory of a model in the hub's cache: the revision called main, or the only one there is."""
-    if not _HUB_ID.fullmatch(model) or ".." in model:
+    if not is_hub_id(model):
         raise BadFile(f"{model[:200]!r} is neither a path nor the id of a model on the hub")
     folder = os.path.join(hub_cache(environment), "models--" + model.replace("/", "--"))
     if not os.path.isdir(folder):

@@ -13,7 +13,8 @@ from gguf import GGUFReader
 
 from sage_reconcile.core.footprint import Serving, footprint
 from sage_reconcile.core.shape import HeadCache, LatentCache, LayerGroup, ModelShape, StateCache, UnknownShape
-from sage_reconcile.world.models import hub_cache, model_shape
+from sage_reconcile.world.hub_places import hub_cache
+from sage_reconcile.world.models import model_shape
 from tests.tiny_gguf import write_tiny_gguf
 
 LLAMA = {
