@@ -81,7 +81,7 @@ class Puzzle:
     def need(self, candidate: Candidate, device: Device) -> int:
         """What a candidate adds to a device. What its own last process has not given back yet, its start waits for."""
         needed = candidate.need.on(device.uuid).counted_bytes
-        if self.restoring or (candidate.runs and device.uuid in _home(candidate, self.observed)):
+        if self.restoring or (candidate.runs and device.uuid in self._home(candidate)):
             return needed  # It counts as free already, or is not started there.
         own = sum(entry.held_bytes for entry in device.lingering if entry.engine == candidate.wanted.id)
         return max(needed - own, 0)
@@ -106,10 +106,13 @@ class Puzzle:
 
     def home_of(self, candidate: Candidate) -> tuple[int, ...]:
         """Where it runs, or ran last, as far as those devices are there."""
-        uuids = _home(candidate, self.observed)
+        uuids = self._home(candidate)
         numbers = {device.uuid: number for number, device in enumerate(self.devices)}
         found = tuple(numbers[uuid] for uuid in uuids if uuid in numbers)
         return found if len(found) == len(uuids) else ()
+
+    def _home(self, candidate: Candidate) -> tuple[str, ...]:
+        return last_devices(candidate.wanted.id, candidate.stops, self.observed)
 
     def solved(self) -> Packing:
         kinds = sorted({kind_of(device) for device in self.devices})
@@ -170,10 +173,11 @@ def numbers_of(devices: tuple[Device, ...], names: Iterable[int | str]) -> set[i
     return {number for number, device in enumerate(devices) if device.uuid in wanted or device.index in wanted}
 
 
-def _home(candidate: Candidate, observed: ObservedState) -> tuple[str, ...]:
-    if candidate.stops:
-        return candidate.stops[-1].resolved.placement.devices
-    records = [record for record in observed.records if record.engine == candidate.wanted.id]
+def last_devices(the_id: EngineId, runs: tuple[Engine, ...], observed: ObservedState) -> tuple[str, ...]:
+    """The devices where an engine runs, or ran when it last had any; empty when that is not known."""
+    if runs:
+        return runs[-1].resolved.placement.devices
+    records = [record for record in observed.records if record.engine == the_id]
     for record in sorted(records, key=lambda record: (-record.started_at, record.leader)):
         label = parse_label(dict(record.label))
         if label is not None and label.resolved.placement.devices:

@@ -12,10 +12,10 @@ from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.device_shares import Share, engine_holders, foreign_holders, holders_text, shares
 from sage_reconcile.core.footprint import Footprint, footprint
 from sage_reconcile.core.identity import EngineId
-from sage_reconcile.core.label import parse_label
 from sage_reconcile.core.needs import Claim, Need, need_of, shape_of, why_no_shape
 from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, spec_of
 from sage_reconcile.core.plan import Blocked, Plan, Step, after
+from sage_reconcile.core.puzzle import last_devices
 from sage_reconcile.core.refusal import Shortfall
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes import is_served, runtime_of
@@ -268,22 +268,10 @@ def _why_there(
         return "what runs stays where it is"
     if step.action == "move":
         return "moved to make room for others"
-    if _earlier_devices(the_id, observed) == place.devices:
+    runs = tuple(engine for engine in observed.engines if engine.id == the_id)
+    if last_devices(the_id, runs, observed) == place.devices:
         return "it was there before"
     fitting = [entry.uuid for entry in devices if not entry.short_bytes and not entry.why_not]
     if len(fitting) <= len(place.devices):
         return "nothing else has room for it"
     return f"of {len(fitting)} devices with room, the best for all engines together"
-
-
-def _earlier_devices(the_id: EngineId, observed: ObservedState) -> tuple[str, ...]:
-    """Where it runs or ran last; empty when that is not known."""
-    running = [engine for engine in observed.engines if engine.id == the_id]
-    if running:
-        return running[-1].resolved.placement.devices
-    records = [record for record in observed.records if record.engine == the_id]
-    for record in sorted(records, key=lambda record: (-record.started_at, record.leader)):
-        label = parse_label(dict(record.label))
-        if label is not None:
-            return label.resolved.placement.devices
-    return ()
