@@ -11,7 +11,8 @@ from sage_reconcile.core.facts import Gap
 from sage_reconcile.core.observed import ObservedState
 from sage_reconcile.core.plan import Act, Plan, PlanOptions, StartEngine, StopEngine, after
 from sage_reconcile.core.planner import make_plan, restore_target
-from tests.builders import GIB, dead, desired, gpu, gpu_world, on_gpus, wanted
+from sage_reconcile.core.why import engine_why
+from tests.builders import GIB, dead, desired, gpu, gpu_world, label_of, on_gpus, record, the_id, wanted
 
 
 def starts(plan: Plan) -> dict[str, tuple[str, ...]]:
@@ -321,3 +322,19 @@ def test_no_row_of_the_device_table_passes_its_device() -> None:
     want = desired(wanted("lab/a", use_gpu=True, gpu_memory="17GiB"), wanted("lab/c", use_gpu=True, gpu_memory="3GiB"))
     (row,) = device_rows(make_plan(want, now), now)
     assert [size / GIB for size in (row.now_bytes, row.peak_bytes, row.after_bytes)] == [20.5, 20.5, 20.5]
+
+
+def test_why_tells_of_the_place_before_as_the_plan_took_it() -> None:
+    """The record of a later process that ran on the CPU says nothing of a GPU: an older one does."""
+    devices = (gpu(0, 24), gpu(1, 24))
+    later = on_gpus("lab/a", 8001, 701, (devices[0],), 4)
+    cpu = replace(later.resolved.placement, devices=(), device_indexes=())
+    later = replace(later, resolved=replace(later.resolved, placement=cpu))
+    on_the_cpu = record(later, label=label_of(later), started_at=11.0)
+    want = desired(wanted("lab/a", use_gpu=True, gpu_memory="4GiB"))
+    now = gpu_world(devices, records=(dead("lab/a", devices[1], 4), on_the_cpu))
+
+    plan = make_plan(want, now)
+
+    assert starts(plan) == {"lab/a": ("GPU-1",)}
+    assert engine_why(the_id("lab/a"), want, now, plan).why_there == "it was there before"
