@@ -20,6 +20,7 @@ LLAMA_70B, LLAMA_8B = "meta-llama/Llama-3.3-70B-Instruct", "meta-llama/Llama-3.1
 
 PROGRAMS = (
     ProgramFact(name="llama-server", argv=("/usr/local/bin/llama-server",)),
+    ProgramFact(name="sglang", argv=("/opt/inference/sglang/bin/sglang",)),
     ProgramFact(name="vllm", argv=("/opt/inference/vllm/bin/vllm",)),
 )
 

@@ -51,6 +51,8 @@ def _of_a_start(engine: EngineId, place: Placement, spec: EngineSpec | None, obs
     if place.memory_source == "name":
         why = why_no_shape(spec, observed)
         yield f"{engine}: {gib(place.memory_bytes_per_device)} GiB is a guess by its model's name: {why}"
+    remarks = runtime_of(spec).remarks(spec, shape_of(spec, observed), place.memory_bytes_per_device)
+    yield from (f"{engine}: {remark}" for remark in remarks)
     if not place.memory_told:
         yield f"{engine}: {runtime_of(spec).name} cannot be told to keep to {gib(place.memory_bytes_per_device)} GiB"
     shape = shape_of(spec, observed)

@@ -9,6 +9,7 @@ from sage_reconcile.core.plan import Blocked, Plan, Step
 from sage_reconcile.core.quantities import gib, size_text
 from sage_reconcile.core.refusal import Shortfall
 from sage_reconcile.core.resolved import Placement
+from sage_reconcile.core.runtimes import told_text
 from sage_reconcile.render.device_names import device_name
 from sage_reconcile.render.lines import WIDTH, flowed, sentence, words
 from sage_reconcile.render.paint import PLAIN, Paint
@@ -107,7 +108,8 @@ def _step(step: Step, paint: Paint) -> list[str]:
         head += [f"  {devices_text(step.placement)}"] if step.placement.devices else []
     lines = [*flowed(head, indent=_CONTINUED), *sentence(_reason(step), before=" " * 8, indent=_CONTINUED)]
     if step.placement is not None and step.placement.devices:
-        lines += flowed(memory_parts(step.placement, before="        memory "), indent=_CONTINUED + 2)
+        told = told_text(step.runtime, step.argv, step.placement)
+        lines += flowed(memory_parts(step.placement, told, before="        memory "), indent=_CONTINUED + 2)
     width = max((len(change.path) for change in step.changes), default=0)
     for change in step.changes:
         old, new = _value(change.old), _value(change.new)
@@ -124,15 +126,12 @@ def devices_text(place: Placement) -> str:
     return f"GPU {','.join(map(str, place.device_indexes))}"
 
 
-def memory_parts(place: Placement, *, before: str) -> list[str]:
+def memory_parts(place: Placement, told: str, *, before: str) -> list[str]:
     """The memory that a placement counts for, where that is known from, and what the engine is told."""
     each = " on each" if len(place.devices) > 1 else ""
     beside = f" and {gib(place.context_bytes_per_device)} beside it" if place.context_bytes_per_device else ""
-    told = f" told {place.memory_fraction} of the device" if place.memory_told else " not told"
-    if place.fraction_of_free:
-        told = f" told {place.fraction_of_free} of the {gib(place.free_at_start_bytes)} GiB that are free then"
     source = SOURCES.get(place.memory_source, place.memory_source)
-    return [f"{before}{gib(place.memory_bytes_per_device)} GiB{each}{beside},", f" {source},", told]
+    return [f"{before}{gib(place.memory_bytes_per_device)} GiB{each}{beside},", f" {source},", f" {told}"]
 
 
 def _reason(step: Step) -> str:

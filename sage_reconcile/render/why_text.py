@@ -5,7 +5,7 @@ from sage_reconcile.core.observed import Engine, ObservedState
 from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.refusal import Shortfall
 from sage_reconcile.core.resolved import Placement
-from sage_reconcile.core.runtimes import runtime_of
+from sage_reconcile.core.runtimes import runtime_of, told_text
 from sage_reconcile.core.spec import needs_gpu, served_model
 from sage_reconcile.core.why import DeviceWhy, EngineWhy
 from sage_reconcile.render.device_names import device_name
@@ -103,8 +103,14 @@ def _place(why: EngineWhy, observed: ObservedState) -> list[str]:
         return _needs(why)
     starts = why.step is not None and why.step.placement is not None
     lines = _row("place", f"{devices_text(place)}, where it {'would go' if starts else 'runs'}: {why.why_there}")
-    lines += flowed(memory_parts(place, before="  memory".ljust(_AT)), indent=_AT)
+    lines += flowed(memory_parts(place, _told(why, place), before="  memory".ljust(_AT)), indent=_AT)
     return lines + _uses(why.engine, place, observed, starts=starts)
+
+
+def _told(why: EngineWhy, place: Placement) -> str:
+    if why.step is not None and why.step.argv:
+        return told_text(why.step.runtime, why.step.argv, place)
+    return told_text(why.engine.resolved.runtime, why.engine.resolved.argv, place) if why.engine else "not told"
 
 
 def _needs(why: EngineWhy) -> list[str]:
@@ -117,6 +123,8 @@ def _needs(why: EngineWhy) -> list[str]:
     beside = f" and {gib(claim.context_bytes)} beside it" if claim.context_bytes else ""
     share = f"{claim.fraction:g}" if claim.fraction <= 1 else "more than all"
     told = f" told {share} of the device" if why.told else " not told"
+    if why.told and spec is not None and not runtime_of(spec).fills:
+        told = " told as layers and context"
     size = "  needs".ljust(_AT) + f"{gib(claim.memory_bytes)} GiB{beside}"
     return flowed([size, f" on {on},", f" {SOURCES.get(claim.source, claim.source)},", told], indent=_AT)
 

@@ -441,6 +441,9 @@ def test_the_word_sglang_alone_starts_nothing(words: tuple[str, ...]) -> None:
         ("vllm", "--data-parallel-size", "write replicas"),
         ("vllm", "--max-model-len", "write max_model_len"),
         ("vllm", "--port", "write port"),
+        ("vllm", "--dtype", "write dtype"),
+        ("vllm", "-q", "write quantization"),
+        ("sglang", "--quantization=fp8", "write quantization"),
         ("sglang", "--mem-fraction-static", "write gpu_memory"),
         ("sglang", "--max-total-tokens=1", "write gpu_memory"),
         ("sglang", "--tp", "write tensor_parallel"),
@@ -461,6 +464,36 @@ def test_what_sage_alone_tells_is_refused_in_args_with_the_cure(runtime: str, ar
         (field, sentence.endswith(f"is told by sage; {cure}"))
         for field, sentence in runtime_of(the_spec).complaints(the_spec)
     ] == [("args", True)]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "argument", "full"),
+    [
+        ("vllm", "--gpu-memory-util", ["--gpu-memory-utilization"]),
+        ("vllm", "--gpu_mem=0.9", ["--gpu-memory-utilization"]),
+        ("vllm", "--max-num-s", ["--max-num-seqs"]),
+        ("vllm", "--max-num", ["--max-num-seqs", "--max-num-batched-tokens"]),
+        ("vllm", "--enforce", ["--enforce-eager"]),
+        ("vllm", "--max-num-seqs", []),
+        ("vllm", "--device", []),
+        ("vllm", "--enable-lora", []),
+        ("sglang", "--mem-frac", ["--mem-fraction-static"]),
+        ("sglang", "--chunked", ["--chunked-prefill-size"]),
+        ("sglang", "--disable-cuda-graph-padding", []),
+        # Its parser knows whole words alone.
+        ("llama.cpp", "--ctx", []),
+    ],
+)
+def test_an_option_that_is_written_shorter_than_it_is_cannot_pass_by(
+    runtime: str, argument: str, full: list[str]
+) -> None:
+    """argparse takes any beginning of an option for it, as long as no other option begins so."""
+    model = "/m/a.gguf" if runtime == "llama.cpp" else "org/m"
+    written = {"name": "x", "model": model, "runtime": runtime, "use_gpu": True, "args": [argument, "1"]}
+    the_spec = EngineSpec.model_validate(written)
+    said = [sentence for _, sentence in runtime_of(the_spec).complaints(the_spec)]
+    word = argument.partition("=")[0]
+    assert said == [f"args: {word} is short for {name}; write options in full" for name in full]
 
 
 def test_an_sglang_without_a_gpu_is_refused() -> None:

@@ -23,7 +23,7 @@ from sage_reconcile.render.paint import Paint
 from sage_reconcile.render.plan_text import plan_text
 from sage_reconcile.render.why_text import why_text
 from tests.builders import the_id
-from tests.gpu_worlds import GIB, LLAMA_70B, MIB, desired, h100, holder, machine, on_gpu, uuid, wants
+from tests.gpu_worlds import GIB, LLAMA_8B, LLAMA_70B, MIB, MODELS, desired, h100, holder, machine, on_gpu, uuid, wants
 
 HERE = Path(__file__).resolve().parent / "golden"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -138,6 +138,24 @@ def starts() -> Text:
     )
 
 
+def told_otherwise() -> Text:
+    """Engines that are told something else of their memory than a share of the device, and one that is told nothing."""
+    gguf = "/srv/models/llama-8b-f16.gguf"
+    models = (*MODELS, replace(next(fact for fact in MODELS if fact.model == LLAMA_8B), model=gguf))
+    observed = machine(h100(0), h100(1), h100(2), models=models)
+    return plan_of(
+        desired(
+            wants("chat/partly", model=gguf, gpu_memory="9GiB", max_model_len=8192),
+            wants("chat/sglang", runtime="sglang", gpu_memory="40GiB", max_model_len=8192),
+            wants("chat/whole", model=gguf, gpu_memory="30GiB", max_model_len=8192),
+            wants("lab/bytes", runtime="command", command=["vllm", "{memory_bytes}"], gpu_memory="4GiB"),
+            wants("lab/tiny", model=gguf, gpu_memory="1GiB", max_model_len=8192),
+            wants("lab/untold", runtime="command", command=["vllm"], gpu_memory="4GiB"),
+        ),
+        observed,
+    )
+
+
 def recreates() -> Text:
     running = on_gpu("chat/llama-8b", 8001, 4711, 0, gib=26.0, max_model_len=8192, gpu_memory="25.5GiB")
     changed = wants("chat/llama-8b", max_model_len=32768, gpu_memory="40GiB", args=["--enable-prefix-caching"])
@@ -178,7 +196,7 @@ def refused() -> tuple[DesiredState, ObservedState]:
     )  # fmt: skip
 
 
-PLANS = {"plan-starts": starts, "plan-recreate": recreates, "plan-moves": moves,
+PLANS = {"plan-starts": starts, "plan-told": told_otherwise, "plan-recreate": recreates, "plan-moves": moves,
          "plan-refusal": lambda: plan_of(*refused())}  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The programs behind engines, one file each. Pure: they build and read command lines, they start nothing."""
 
+from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes.base import Recognised, Runtime
 from sage_reconcile.core.runtimes.command import COMMAND
 from sage_reconcile.core.runtimes.infinity import INFINITY
@@ -14,6 +15,12 @@ RUNTIMES = (LLAMA_CPP, VLLM, SGLANG, INFINITY, COMMAND)
 def runtime_of(spec: EngineSpec) -> Runtime:
     """The runtime of a spec. auto: a .gguf is llama.cpp, an llm is vllm, an embedding server is infinity."""
     return next(runtime for runtime in RUNTIMES if runtime.name == _name(spec))
+
+
+def told_text(runtime: str, argv: tuple[str, ...], placement: Placement) -> str:
+    """What an engine's command line tells it of its memory, in words; "not told" when nothing does."""
+    found = next((one for one in RUNTIMES if one.name == runtime), COMMAND)
+    return f"told {found.told(argv, placement)}" if placement.memory_told else "not told"
 
 
 def is_served(spec: EngineSpec) -> bool:

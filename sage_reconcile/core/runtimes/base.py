@@ -1,6 +1,6 @@
 """What every runtime file answers: how to start the program, and how to recognise one that was started by hand."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,16 @@ class Recognised:
     model: str
     # None when the command line names none and the program has no fixed default.
     port: int | None
+
+
+def share_of_device(_argv: tuple[str, ...], placement: Placement) -> str:
+    """For a program that is told a share of each device."""
+    return f"{placement.memory_fraction} of the device"
+
+
+def no_remarks(_spec: EngineSpec, _shape: ModelShape | None, _memory_bytes: int) -> tuple[str, ...]:
+    """For a program of whose budget there is nothing to say."""
+    return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +52,10 @@ class Runtime:
     serving: Callable[[EngineSpec], Serving]
     # Whether it can be told how much memory to use, for a model of this shape.
     tells: Callable[[EngineSpec, ModelShape | None], bool]
+    # What its command line tells it of its memory there, in words.
+    told: Callable[[tuple[str, ...], Placement], str] = share_of_device
+    # (spec, shape, the memory that it is given) -> what a reader of a plan should know of that: sentences on "it".
+    remarks: Callable[[EngineSpec, ModelShape | None, int], tuple[str, ...]] = no_remarks
     # What the lines of its log say that it took; None when they do not.
     measured_log: Callable[[Iterable[str]], LoggedFootprint | None]
     # Whether, told how much to use, it takes all of that: then what it takes says nothing of what it needs.
@@ -133,6 +147,35 @@ def whole_number(words: tuple[str, ...], *names: str, default: int) -> int:
 def told_by_sage(spec: EngineSpec, options: tuple[str, ...], instead: str) -> tuple[tuple[str, str], ...]:
     """A complaint for each option in `args` that sage alone may tell."""
     # Parsers of Python programs take --max_model_len for --max-model-len.
-    written = {word.partition("=")[0] for word in spec.args}
-    written |= {word.replace("_", "-") for word in written if word.startswith("--")}
+    written = _written(spec) | {_dashed(word) for word in _written(spec)}
     return tuple(("args", f"args: {name} is told by sage; {instead}") for name in options if name in written)
+
+
+def told_by_fields(spec: EngineSpec, told: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """As told_by_sage, for options with what to write instead of each."""
+    return tuple(entry for name, instead in told.items() for entry in told_by_sage(spec, (name,), instead))
+
+
+def abbreviated(spec: EngineSpec, options: Iterable[str], *, whole: Iterable[str] = ()) -> tuple[tuple[str, str], ...]:
+    """A complaint for each word in `args` that argparse takes for one of these options, written shorter.
+
+    `whole` are further options of the program, which such a word may be in full.
+    """
+    names = tuple(options)
+    short = {word: _dashed(word) for word in sorted(_written(spec)) if word.startswith("--") and word != "--"}
+    return tuple(
+        ("args", f"args: {word} is short for {name}; write options in full")
+        for word, dashed in short.items()
+        if dashed not in {*names, *whole}
+        for name in names
+        if name.startswith(dashed)
+    )
+
+
+def _written(spec: EngineSpec) -> set[str]:
+    """The options in `args`, without values."""
+    return {word.partition("=")[0] for word in spec.args}
+
+
+def _dashed(word: str) -> str:
+    return word.replace("_", "-") if word.startswith("--") else word

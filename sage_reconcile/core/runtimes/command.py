@@ -3,8 +3,9 @@
 import re
 
 from sage_reconcile.core.footprint import Serving
+from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.resolved import Placement
-from sage_reconcile.core.runtimes.base import Recognised, Runtime, no_env, unsupported
+from sage_reconcile.core.runtimes.base import Recognised, Runtime, no_env, share_of_device, unsupported
 from sage_reconcile.core.runtimes.startup_log import any_log
 from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import EngineSpec
@@ -57,6 +58,12 @@ def _tells(spec: EngineSpec, _shape: ModelShape | None) -> bool:
     return any(found[1] in _TELLING for word in words for found in _PLACEHOLDER.finditer(word))
 
 
+def _told(argv: tuple[str, ...], placement: Placement) -> str:
+    size = str(placement.memory_bytes_per_device)
+    told_bytes = any(size in word for word in argv)
+    return f"{gib(placement.memory_bytes_per_device)} GiB" if told_bytes else share_of_device(argv, placement)
+
+
 def _never(_argv: tuple[str, ...]) -> Recognised | None:
     return None
 
@@ -71,5 +78,6 @@ COMMAND = Runtime(
     recognise=_never,
     serving=_serving,
     tells=_tells,
+    told=_told,
     measured_log=any_log,
 )

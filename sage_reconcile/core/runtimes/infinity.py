@@ -17,7 +17,7 @@ from sage_reconcile.core.runtimes.base import (
     option,
     port_option,
     program_index,
-    told_by_sage,
+    told_by_fields,
     unsupported,
 )
 from sage_reconcile.core.runtimes.startup_log import no_log
@@ -62,7 +62,7 @@ def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
     # By the source of 0.0.78 (loading_strategy.py), which knows no way to split a model.
     split = (("tensor_parallel", spec.tensor_parallel), ("pipeline_parallel", spec.pipeline_parallel))
     copies = tuple((name, f"{name}: infinity loads the whole model on each GPU") for name, gpus in split if gpus > 1)
-    told = tuple(entry for name, instead in _TOLD.items() for entry in told_by_sage(spec, (name,), instead))
+    told = told_by_fields(spec, _TOLD)
     return (
         wrong_kind + copies + told + unsupported(spec, ("quantization", "max_model_len"), "infinity has no such option")
     )

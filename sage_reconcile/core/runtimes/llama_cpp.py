@@ -65,6 +65,21 @@ def gpu_layers(spec: EngineSpec, shape: ModelShape | None, memory_bytes: int) ->
     return max(min(fitting, each), 0) * devices
 
 
+def _told(argv: tuple[str, ...], _placement: Placement) -> str:
+    layers = whole_number(argv, "--n-gpu-layers", default=_ALL_LAYERS)
+    length = option(argv, "--ctx-size")
+    context = f" and a context of {length} tokens" if length else ""
+    return f"{'all' if layers >= _ALL_LAYERS else layers} layers{context}"
+
+
+def _remarks(spec: EngineSpec, shape: ModelShape | None, memory_bytes: int) -> tuple[str, ...]:
+    layers = gpu_layers(spec, shape, memory_bytes)
+    if shape is None or layers >= min(shape.layers, _ALL_LAYERS):
+        return ()
+    fitting = f"{layers} of its {shape.layers} layers fit" if layers else f"none of its {shape.layers} layers fits"
+    return (f"{fitting} into gpu_memory: the CPU computes {'the others' if layers else 'all of them'}",)
+
+
 def _serving(spec: EngineSpec) -> Serving:
     return Serving(
         kind=spec.kind,
@@ -130,6 +145,8 @@ LLAMA_CPP = Runtime(
     recognise=_recognise,
     serving=_serving,
     tells=_tells,
+    told=_told,
+    remarks=_remarks,
     measured_log=llama_cpp_log,
     # What it takes follows from its layers and its context.
     fills=False,

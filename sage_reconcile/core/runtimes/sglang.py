@@ -8,16 +8,18 @@ anything is loaded, for weights and KV cache alone; activations and graphs lie b
 """
 
 from sage_reconcile.core.footprint import Serving, footprint
+from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes.base import (
     Recognised,
     Runtime,
+    abbreviated,
     module_index,
     no_env,
     option,
     port_option,
     program_index,
-    told_by_sage,
+    told_by_fields,
     whole_number,
 )
 from sage_reconcile.core.runtimes.startup_log import sglang_log
@@ -48,6 +50,8 @@ _TOLD = {
     "--dp-size": "write replicas",
     "--dp": "write replicas",
     "--context-length": "write max_model_len",
+    "--dtype": "write dtype",
+    "--quantization": "write quantization",
     "--base-gpu-id": "write devices",
     "--gpu-id-step": "write devices",
     "--model-path": "write model",
@@ -57,6 +61,12 @@ _TOLD = {
     "--port": "write port",
     "--config": "a file may tell what sage tells",
 }
+
+# What may stand in `args`, and is counted.
+_COUNTED = (
+    "--max-running-requests", "--chunked-prefill-size", "--max-prefill-tokens", "--kv-cache-dtype",
+    "--disable-cuda-graph",
+)  # fmt: skip
 
 
 def _argv(
@@ -130,11 +140,15 @@ def _serving(spec: EngineSpec) -> Serving:
 
 def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
     on_cpu = () if needs_gpu(spec) else (("use_gpu", "use_gpu: sage starts sglang on GPUs alone; write use_gpu: true"),)
-    return on_cpu + tuple(entry for name, instead in _TOLD.items() for entry in told_by_sage(spec, (name,), instead))
+    return on_cpu + told_by_fields(spec, _TOLD) + abbreviated(spec, (*_TOLD, *_COUNTED))
 
 
 def _told(_spec: EngineSpec, _shape: ModelShape | None) -> bool:
     return True
+
+
+def _told_text(_argv: tuple[str, ...], placement: Placement) -> str:
+    return f"{placement.fraction_of_free} of the {gib(placement.free_at_start_bytes)} GiB that are free then"
 
 
 def _recognise(argv: tuple[str, ...]) -> Recognised | None:
@@ -167,6 +181,7 @@ SGLANG = Runtime(
     recognise=_recognise,
     serving=_serving,
     tells=_told,
+    told=_told_text,
     measured_log=sglang_log,
     budgeted=True,
     static_bytes=static_bytes,

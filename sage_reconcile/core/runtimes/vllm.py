@@ -8,12 +8,13 @@ from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes.base import (
     Recognised,
     Runtime,
+    abbreviated,
     module_index,
     no_env,
     option,
     port_option,
     program_index,
-    told_by_sage,
+    told_by_fields,
     whole_number,
 )
 from sage_reconcile.core.runtimes.startup_log import vllm_log
@@ -39,6 +40,9 @@ _TOLD = {
     "--pipeline-parallel-size": "write pipeline_parallel",
     "-pp": "write pipeline_parallel",
     "--max-model-len": "write max_model_len",
+    "--dtype": "write dtype",
+    "--quantization": "write quantization",
+    "-q": "write quantization",
     "--data-parallel-size": "write replicas",
     "-dp": "write replicas",
     "--device-ids": "write devices",
@@ -48,6 +52,9 @@ _TOLD = {
     "--port": "write port",
     "--config": "a file may tell what sage tells",
 }
+
+# What may stand in `args`, and is counted.
+_COUNTED = ("--max-num-seqs", "--max-num-batched-tokens", "--kv-cache-dtype", "--enforce-eager")
 
 
 def _argv(
@@ -98,7 +105,7 @@ def _serving(spec: EngineSpec) -> Serving:
 
 
 def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
-    return tuple(entry for name, instead in _TOLD.items() for entry in told_by_sage(spec, (name,), instead))
+    return told_by_fields(spec, _TOLD) + abbreviated(spec, (*_TOLD, *_COUNTED), whole=("--device",))
 
 
 def _told(_spec: EngineSpec, _shape: ModelShape | None) -> bool:
