@@ -69,7 +69,11 @@ def _of_a_running_one(engine: Engine, observed: ObservedState) -> Iterator[str]:
     place, used = engine.resolved.placement, dict(engine.measured_bytes)
     unknown = {gap.subject for gap in observed.gaps if gap.what == "device memory"}
     for device in observed.devices:
-        if device.uuid not in place.devices or device.uuid in unknown:
+        if device.uuid not in place.devices:
+            continue
+        if device.closed:
+            yield f"{engine.id} runs on gpu{device.index}, where nothing new is started: {device.closed}"
+        if device.uuid in unknown:
             continue
         uses, given = used.get(device.uuid, 0), place.counted_bytes_per_device
         if uses > given + DRIVER_SLACK_BYTES:

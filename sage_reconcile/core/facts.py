@@ -71,6 +71,8 @@ class DeviceFact:
     power_watts: float | None = None
     # Sentences about what is wrong with it.
     troubles: tuple[str, ...] = ()
+    # What the driver asks for to make it well again, as NVML calls it: "gpu_reset"; empty: nothing that it tells.
+    recovery_action: str = ""
     numa_node: int | None = None
     bus_id: str = ""
     # The UUID of the GPU that a slice is of; empty for a GPU.

@@ -12,6 +12,7 @@ from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.label import parse_label
 from sage_reconcile.core.observed import Device, Engine, Holder, Lingering
 from sage_reconcile.core.quantities import gib
+from sage_reconcile.core.recovery import asked_for, why_closed
 from sage_reconcile.core.resolved import Placement
 
 # A device whose memory is used by a process that this machine does not show: it is in another pid namespace, or gone.
@@ -178,12 +179,12 @@ def _device(fact: DeviceFact, view: _View, island: int, cuda_number: int | None)
         holders=holders,
         orphaned_bytes=orphaned,
         lingering=lingering,
-        closed=_closed(lingering, view),
+        closed=why_closed(fact) or _closed(lingering, view),
         island=island,
         utilization_percent=fact.utilization_percent,
         temperature_celsius=fact.temperature_celsius,
         power_watts=fact.power_watts,
-        troubles=fact.troubles,
+        troubles=(*asked_for(fact), *fact.troubles),
         parent=fact.parent,
         cuda_number=cuda_number,
     )

@@ -86,11 +86,8 @@ def may_start(
     trouble = trouble_on(act, observed.devices, observed.engines)
     if not trouble:
         return Verdict(answer="go")
-    comes_back = all(
-        device.orphaned_bytes > DRIVER_SLACK_BYTES
-        for device in devices
-        if free_bytes(device, observed.engines) < place.counted_bytes_per_device
-    )
+    short = [device for device in devices if free_bytes(device, observed.engines) < place.counted_bytes_per_device]
+    comes_back = short and all(device.orphaned_bytes > DRIVER_SLACK_BYTES for device in short)
     if comes_back and waited_seconds < LONGEST_WAIT_SECONDS:
         return Verdict(answer="wait", why=trouble)
     return Verdict(answer="fail", why=trouble)

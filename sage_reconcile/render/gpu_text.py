@@ -49,6 +49,8 @@ def device_lines(device: Device, observed: ObservedState, paint: Paint) -> list[
     if free < 0:
         lines.append(paint("red", f"  over-full by {gib(-free)} GiB"))
     for trouble in device.troubles:
+        if device.closed.startswith(trouble):
+            continue  # It was just told.
         lines += _painted(paint, "red", sentence(trouble, before="  ", indent=4))
     return lines
 

@@ -24,6 +24,17 @@ _DEADLINE_SECONDS = 5.0
 _MIB = 1024 * 1024
 _MOCK_MEMORY_GB = 24.0
 
+# NVML_GPU_RECOVERY_ACTION_*, but for none, by number: a pynvml that is older than the driver does not name them all.
+_RECOVERY_ACTIONS = {
+    1: "gpu_reset",
+    2: "node_reboot",
+    3: "drain_p2p",
+    4: "drain_and_reset",
+    5: "recover_imex_domain",
+    6: "bus_reset",
+    7: "system_reboot",
+}
+
 _Seen = tuple[tuple[DeviceFact, ...], tuple[Gap, ...]]
 
 
@@ -150,6 +161,7 @@ def _device(nvml: Any, handle: Any, index: int, uuid: str, parent: str = "") -> 
         ),
         power_watts=_offered(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
         troubles=_troubles(nvml, handle),
+        recovery_action=_recovery_action(nvml, handle),
         numa_node=_offered(nvml, lambda: _numa_node(nvml, handle)),
         bus_id=_bus_of(nvml, handle),
         parent=parent,
@@ -218,6 +230,20 @@ def _troubles(nvml: Any, handle: Any) -> tuple[str, ...]:
     return tuple(troubles)
 
 
+def _recovery_action(nvml: Any, handle: Any) -> str:
+    """What the driver asks for, by its name, or its number where it has none here; drivers before 570 do not tell.
+
+    It is all that NVML tells of an Xid error to those who were not there when it came.
+    """
+
+    def ask() -> int:
+        (field,) = nvml.nvmlDeviceGetFieldValues(handle, [nvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION])
+        return int(field.value.uiVal) if field.nvmlReturn == nvml.NVML_SUCCESS else 0
+
+    action = _offered(nvml, ask) or 0
+    return _RECOVERY_ACTIONS.get(action, str(action)) if action else ""
+
+
 def _numa_node(nvml: Any, handle: Any) -> int | None:
     """The NUMA node that is nearest to the GPU: the lowest bit of its memory affinity; None without one."""
     (mask,) = nvml.nvmlDeviceGetMemoryAffinity(handle, 1, nvml.NVML_AFFINITY_SCOPE_NODE)
@@ -241,7 +267,8 @@ def _slices(nvml: Any, handle: Any, device: DeviceFact) -> list[DeviceFact]:
         except nvml.NVMLError_NotFound:
             continue
         uuid = nvml.nvmlDeviceGetUUID(part)
-        slices.append(_device(nvml, part, device.index, uuid, parent=device.uuid))
+        found = _device(nvml, part, device.index, uuid, parent=device.uuid)
+        slices.append(replace(found, recovery_action=device.recovery_action))
     return slices
 
 

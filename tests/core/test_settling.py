@@ -65,3 +65,10 @@ def test_device_that_was_closed_since_the_plan_is_not_started_on() -> None:
     closed = replace(GPU, closed="lab/old (pid 7) ended, and 4.0 GiB did not come back")
     assert trouble_on(start(), (closed,), ()) == f"gpu0 is closed: {closed.closed}"
     assert trouble_on(start(), (GPU,), ()) == ""
+
+
+def test_device_that_is_closed_and_has_room_ends_a_start_at_once() -> None:
+    """2026-11-25: room enough counted as memory that comes back, and such a start waited for half a minute."""
+    closed = of(replace(GPU, closed="the driver asks for a reset of this GPU"))
+    verdict = may_start(start(), readings((), closed, 0.0), closed, now=1.0, waited_seconds=1.0)
+    assert (verdict.answer, verdict.why) == ("fail", "gpu0 is closed: the driver asks for a reset of this GPU")

@@ -105,6 +105,7 @@ class Gpu:
     remap_failed: bool = False
     retired_pages: int | None = None  # what GPUs had before the row remapper
     nvswitch_links: int | None = None  # active NVLinks to an NVSwitch
+    recovery_action: int | None = 0  # NVML_GPU_RECOVERY_ACTION_*; None: not told, as by drivers before 570
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "uuid", self.uuid or gpu_uuid(self.index))

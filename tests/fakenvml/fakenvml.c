@@ -30,11 +30,29 @@ typedef struct {
     uint gpuInstanceId, computeInstanceId;
 } nvmlEventData_t;
 typedef struct { uint version, sensorType; int temperature; } nvmlTemperature_t;
+typedef union {
+    double dVal;
+    int siVal;
+    uint uiVal;
+    unsigned long ulVal;
+    ulonglong ullVal;
+    long long sllVal;
+    unsigned short usVal;
+} nvmlValue_t;
+typedef struct {
+    uint fieldId, scopeId;
+    long long timestamp, latencyUsec;
+    int valueType; /* nvmlValueType_t */
+    nvmlReturn_t nvmlReturn;
+    nvmlValue_t value;
+} nvmlFieldValue_t;
 
 #define STRUCT_VERSION(type, version) ((uint)(sizeof(type) | (version) << 24)) /* NVML_STRUCT_VERSION */
 #define VALUE_NOT_AVAILABLE (~0ULL)
 #define NO_INSTANCE 0xFFFFFFFFu
 #define EVENT_XID 8ULL
+#define FIELD_RECOVERY_ACTION 230 /* NVML_FI_DEV_GET_GPU_RECOVERY_ACTION */
+#define VALUE_UNSIGNED_INT 1    /* NVML_VALUE_TYPE_UNSIGNED_INT */
 #define MOST_NVLINKS 36
 #define MIB (1ULL << 20)
 
@@ -273,6 +291,20 @@ nvmlReturn_t nvmlDeviceGetRetiredPages(nvmlDevice_t device, uint cause, uint *co
     *count = retired;
     if (room < retired) return NVML_ERROR_INSUFFICIENT_SIZE;
     for (uint i = 0; i < retired; i++) addresses[i] = (ulonglong)i << 12;
+    return NVML_SUCCESS;
+}
+
+/* The call succeeds, and each field says for itself whether it is offered; slices offer none. */
+nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t device, int count, nvmlFieldValue_t *values) {
+    DEVICE_CALL(device, values && count > 0);
+    for (nvmlFieldValue_t *field = values; field < values + count; field++) {
+        const char *action = it.mig ? NULL : text(it.gpu, "recovery_action", NULL);
+        field->nvmlReturn = NVML_ERROR_NOT_SUPPORTED;
+        if (field->fieldId != FIELD_RECOVERY_ACTION || !action) continue;
+        field->nvmlReturn = NVML_SUCCESS;
+        field->valueType = VALUE_UNSIGNED_INT;
+        field->value.uiVal = (uint)number(it.gpu, "recovery_action", 0);
+    }
     return NVML_SUCCESS;
 }
 

@@ -13,7 +13,7 @@
  *            utilisation=0 memory_utilisation=0 temperature_celsius=35 power_milliwatts=70000 capability=9.0
  *            compute_mode=0 persistence=1 mig=0 ecc_corrected=0 ecc_uncorrected=0 remapped_correctable=0
  *            remapped_uncorrectable=0 remap_pending=0 remap_failed=0 retired_pages=0 nvswitch_links=18
- *            nvswitch=0000:07:00.0
+ *            nvswitch=0000:07:00.0 recovery_action=0 (NVML_GPU_RECOVERY_ACTION_*)
  *   mig      gpu=0 index=0 uuid=MIG-... profile=1g.10gb total_mib=9984 reserved_mib=0 gi=7 ci=0 multiprocessors=16
  *            slices=1; the gpu needs mig=1
  *   process  gpu=GPU pid=123 mib=58169 kind=compute|graphics|mps

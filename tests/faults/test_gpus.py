@@ -504,3 +504,89 @@ def test_g6_running_gpu_engine_is_kept_when_its_edit_comes_while_nvml_is_gone(pl
     assert place.pids() == {}
     place.gpus(*TWO)
     place.assert_nothing_left()
+
+
+# --- the driver asks for a reset of a GPU -----------------------------------------------------------------------------
+
+
+def asking(*indexes: int, action: int = 1) -> tuple[Gpu, ...]:
+    """Two GPUs, of which these wait for a reset, as after some Xid errors."""
+    return tuple(Gpu(index=index, recovery_action=action if index in indexes else 0) for index in range(2))
+
+
+def test_nothing_is_started_on_a_gpu_that_is_to_be_reset_and_what_runs_there_stays(place: Place) -> None:
+    place.gpus(*TWO)
+    chat = place.gpu_fake("chat", mib=10_000)
+    place.write(chat)
+    place.apply()
+    pids, (home,) = place.pids(), sees(place).values()
+    index = next(gpu.index for gpu in TWO if gpu.uuid == home)
+    other = gpu_uuid(1 - index)
+
+    place.gpus(*asking(index))
+
+    assert place.engines()["lab/chat"]["state"] == "ready"
+    place.assert_at_rest(again=True)
+    asked = f"the driver asks for a reset of this GPU; once nothing runs on it: nvidia-smi --gpu-reset -i {index}"
+    assert f"lab/chat runs on gpu{index}, where nothing new is started: {asked}" in place.plan()["notes"]
+    new = place.gpu_fake("new", mib=10_000)
+    place.write(chat, new)
+    with place.foreign_on(other, FOREIGN_MIB + 15_000):
+        (refused,) = place.plan(expect=4)["blocked"]
+        assert {row["index"]: row["why_not"] for row in refused["devices"]}[index] == f"closed: {asked}"
+        for ran in (place.apply(expect=4), place.sage("why", "lab/new", str(place.manifests))):
+            assert f"closed: {asked}" in " ".join(ran.stdout.split())
+        assert place.pids() == pids
+
+    place.apply()
+
+    assert sees(place) == {"lab/chat": home, "lab/new": other}
+    assert place.pids()["lab/chat"] == pids["lab/chat"]
+    place.assert_at_rest(again=True)
+
+
+def test_engine_that_died_of_the_error_is_started_on_another_gpu_and_goes_home_after_the_reset(
+    place: Place,
+) -> None:
+    place.gpus(*TWO)
+    place.write(place.gpu_fake("chat", mib=50_000, devices=[0]))
+    place.apply()
+    kill(place.pids()["lab/chat"])
+    place.gpus(*asking(0))
+
+    place.apply(expect=4)
+    assert place.pids() == {}
+    place.write(place.gpu_fake("chat", mib=50_000))
+    place.apply()
+    assert sees(place) == {"lab/chat": gpu_uuid(1)}
+    place.assert_at_rest(again=True)
+
+    kill(place.pids()["lab/chat"])
+    place.write(place.gpu_fake("chat", mib=50_000, devices=[0]))
+    place.gpus(*TWO)
+    place.apply()
+    assert sees(place) == {"lab/chat": gpu_uuid(0)}
+    place.assert_at_rest(again=True)
+
+
+def test_gpu_that_came_to_need_a_reset_between_the_gate_and_the_program_is_not_started_on(place: Place) -> None:
+    place.gpus(*TWO)
+    keep = place.gpu_fake("keep", mib=30_000, devices=[1])
+    place.write(keep)
+    place.apply()
+    pids = place.pids()
+    place.write(keep, place.gpu_fake("chat", mib=20_000, devices=[0]))
+    with place.started("apply", str(place.manifests), "-y", **place.failing("gate.recorded=stop")) as process:
+        until(lambda: stat_fields(process.pid)[:1] == ["T"], "it has stopped at the gate")
+        place.gpus(*asking(0))
+        os.kill(process.pid, signal.SIGCONT)
+
+        _, said = process.communicate(timeout=60)
+
+    assert process.returncode == 5, said
+    assert "gpu0 is closed: the driver asks for a reset of this GPU" in " ".join(said.split())
+    assert place.pids() == pids
+    assert not place.log("lab/chat")
+    place.gpus(*TWO)
+    place.apply()
+    place.assert_at_rest()

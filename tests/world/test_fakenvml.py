@@ -177,6 +177,30 @@ def test_measurements_and_wear_are_as_told(client: Client, state: Path) -> None:
     assert len(client.ask("nvmlDeviceGetRetiredPages(gpu(0), NVML_PAGE_RETIREMENT_CAUSE_DOUBLE_BIT_ECC_ERROR)")) == 3
 
 
+def test_the_recovery_action_is_a_field_that_says_for_itself_whether_it_is_offered(client: Client, state: Path) -> None:
+    write_state(
+        state,
+        Gpu(index=0, recovery_action=4, mig=True),
+        Mig(gpu=0, index=0),
+        Gpu(index=1),
+        Gpu(index=2, recovery_action=None),
+    )
+    client.ask("nvmlInit()")
+
+    client.ask(
+        "keep(asked=lambda device, *fields: [(field.fieldId, field.nvmlReturn, field.value.uiVal) for field in "
+        "nvmlDeviceGetFieldValues(device, fields)])"
+    )
+    action, not_offered = "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION", 3
+    assert client.ask(f"asked(gpu(0), {action})") == [[230, 0, 4]]
+    assert client.ask(f"asked(gpu(1), {action})") == [[230, 0, 0]]
+    assert client.ask(f"asked(gpu(2), {action})") == [[230, not_offered, 0]]
+    assert client.ask(f"asked(slice_of(0, 0), {action})") == [[230, not_offered, 0]]
+    assert client.ask(f"asked(gpu(0), 1, {action})") == [[1, not_offered, 0], [230, 0, 4]]
+    write_state(state, Gpu(index=0), Fault(call="nvmlDeviceGetFieldValues", code="NVML_ERROR_FUNCTION_NOT_FOUND"))
+    assert client.ask(f"asked(gpu(0), {action})") == "NVMLError_FunctionNotFound"
+
+
 def test_affinities_are_bits_and_a_gpu_is_a_numa_node_only_where_told(client: Client, state: Path) -> None:
     write_state(state, Gpu(index=0, numa=1, cpus="0-2,64"), Gpu(index=1, numa=None, numa_node_id=4))
     client.ask("nvmlInit()")

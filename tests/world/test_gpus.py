@@ -121,6 +121,66 @@ def test_slices_are_devices_and_the_sliced_gpu_is_none(box: Box) -> None:
     assert shown == [(0, True, 9984), (0, True, 9984), (1, False, 81559)]
 
 
+@pytest.mark.parametrize(
+    ("action", "trouble", "helps"),
+    [
+        (1, "the driver asks for a reset of this GPU", "; once nothing runs on it: nvidia-smi --gpu-reset -i 1"),
+        (2, "the driver asks for a reboot of this machine, because of this GPU", ""),
+        (
+            4,
+            "the driver asks for this GPU to be drained and reset",
+            "; once nothing runs on it: nvidia-smi --gpu-reset",
+        ),
+        (6, "the driver asks for a reset of this GPU's PCIe bus", ""),
+        (7, "the driver asks for a reboot of the whole system, because of this GPU", ""),
+    ],
+)
+def test_gpu_for_which_the_driver_asks_a_reset_or_a_reboot_is_closed(
+    box: Box, action: int, trouble: str, helps: str
+) -> None:
+    well, ill = box.gpus(Gpu(index=0), Gpu(index=1, recovery_action=action))["devices"]
+    assert (well["closed"], well["troubles"]) == (None, [])
+    assert ill["closed"].startswith(trouble + helps) and ill["troubles"] == [trouble]
+    # The bytes are counted as ever: it is what may be started there that changes.
+    assert ill["free_bytes"] == well["free_bytes"]
+    said = " ".join(box.sage("gpu").stdout.split())
+    assert said.count(trouble) == 1 and f"closed: {trouble}{helps}" in said
+
+
+@pytest.mark.parametrize(
+    ("action", "trouble"),
+    [
+        (3, "the driver asks for an end of all traffic between this GPU and others"),
+        (5, "the driver asks for its IMEX domain to be recovered"),
+        (99, "the driver asks for something that this sage does not know (action 99)"),
+    ],
+)
+def test_gpu_for_which_the_driver_asks_for_less_is_told_and_stays_open(box: Box, action: int, trouble: str) -> None:
+    (device,) = box.gpus(Gpu(index=0, recovery_action=action))["devices"]
+    assert (device["closed"], device["troubles"]) == (None, [trouble])
+    assert trouble in " ".join(box.sage("gpu").stdout.split())
+
+
+def test_slices_are_closed_with_their_gpu(box: Box) -> None:
+    answer = box.gpus(Gpu(index=0, mig=True, recovery_action=1), Mig(gpu=0, index=0), Mig(gpu=0, index=1))
+    assert [device["closed"][:39] for device in answer["devices"]] == ["the driver asks for a reset of this GPU"] * 2
+
+
+@pytest.mark.parametrize(
+    "older",
+    [
+        (Gpu(index=0, recovery_action=None),),
+        (Gpu(index=0), Fault(call="nvmlDeviceGetFieldValues", code="NVML_ERROR_FUNCTION_NOT_FOUND")),
+        (Gpu(index=0), Fault(call="nvmlDeviceGetFieldValues", code="NVML_ERROR_UNKNOWN")),
+    ],
+    ids=["field not offered", "no such function", "it fails"],
+)
+def test_driver_that_does_not_tell_what_it_asks_for_asks_for_nothing(box: Box, older: tuple[Any, ...]) -> None:
+    answer = box.gpus(*older)
+    (device,) = answer["devices"]
+    assert (device["closed"], device["troubles"], answer["gaps"]) == (None, [], [])
+
+
 def test_gpus_that_nvlink_connects_are_one_island(box: Box) -> None:
     answer = box.gpus(*(Gpu(index=i) for i in range(4)), Link(a=0, b=2, kind="nvlink"), Link(a=1, b=3, kind="nvlink"))
     islands = [device["island"] for device in answer["devices"]]
