@@ -273,12 +273,18 @@ def _slices(nvml: Any, handle: Any, device: DeviceFact) -> list[DeviceFact]:
 
 
 def _links(nvml: Any, handles: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """For each GPU the others that it reaches through NVLink."""
+    """For each GPU the others that it reaches through NVLink, directly or through an NVSwitch."""
     buses = {_bus_of(nvml, handle): uuid for uuid, handle in handles.items()}
+    ends = {
+        uuid: {_remote_bus(nvml, handle, link) for link in range(nvml.NVML_NVLINK_MAX_LINKS)} - {""}
+        for uuid, handle in handles.items()
+    }
     linked: dict[str, tuple[str, ...]] = {}
-    for uuid, handle in handles.items():
-        remotes = {_remote_bus(nvml, handle, link) for link in range(nvml.NVML_NVLINK_MAX_LINKS)}
-        linked[uuid] = tuple(sorted(buses[bus] for bus in remotes & set(buses) if bus and buses[bus] != uuid))
+    for uuid, mine in ends.items():
+        others = {buses[bus] for bus in mine & set(buses)}
+        # Links that end at one thing that is no GPU: a switch.
+        others |= {other for other, theirs in ends.items() if (mine & theirs) - set(buses)}
+        linked[uuid] = tuple(sorted(others - {uuid}))
     return linked
 
 

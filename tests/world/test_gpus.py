@@ -187,6 +187,13 @@ def test_gpus_that_nvlink_connects_are_one_island(box: Box) -> None:
     assert islands[0] == islands[2] != islands[1] == islands[3]
 
 
+def test_gpus_that_reach_each_other_through_an_nvswitch_are_one_island(box: Box) -> None:
+    switched = [Gpu(index=index, numa=index % 2, nvswitch_links=18) for index in range(3)]
+    answer = box.gpus(*switched, Gpu(index=3, numa=0))
+    islands = [device["island"] for device in answer["devices"]]
+    assert islands[0] == islands[1] == islands[2] != islands[3]
+
+
 def test_without_links_gpus_of_one_numa_node_are_one_island(box: Box) -> None:
     answer = box.gpus(Gpu(index=0, numa=0), Gpu(index=1, numa=1), Gpu(index=2, numa=0))
     islands = [device["island"] for device in answer["devices"]]
