@@ -77,8 +77,10 @@ class DeviceFact:
     bus_id: str = ""
     # The UUID of the GPU that a slice is of; empty for a GPU.
     parent: str = ""
-    # UUIDs of the GPUs that it reaches through NVLink.
+    # UUIDs of the GPUs that it reaches through NVLink; of a slice, those of its GPU.
     links: tuple[str, ...] = ()
+    # UUIDs of the GPUs that it reaches through PCIe switches alone. Not asked for where a GPU has NVLink.
+    switched: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from sage_reconcile.core.facts import DeviceFact, Facts, Gap, ProcessFact, RecordFact
 from sage_reconcile.core.foreign import program_name
 from sage_reconcile.core.identity import ProcessIdentity
+from sage_reconcile.core.islands import islands
 from sage_reconcile.core.label import parse_label
 from sage_reconcile.core.observed import Device, Engine, Holder, Lingering
 from sage_reconcile.core.quantities import gib
@@ -58,7 +59,7 @@ def ledger(facts: Facts, engines: Iterable[Engine], processes: Mapping[int, Proc
     """The devices, in the order of their indexes. `processes` are the live ones, by pid."""
     engines = tuple(engines)
     facts = judged(facts, engines, processes)
-    islands, numbers = _islands(facts.devices), _numbers(facts.devices)
+    near, numbers = islands(facts.devices), _numbers(facts.devices)
     view = _View(
         facts=facts,
         engines=engines,
@@ -66,7 +67,7 @@ def ledger(facts: Facts, engines: Iterable[Engine], processes: Mapping[int, Proc
         dead=_dead(facts, engines, processes),
     )
     return tuple(
-        _device(fact, view, islands[fact.uuid], numbers.get(fact.index))
+        _device(fact, view, near[fact.uuid], numbers.get(fact.index))
         for fact in sorted(facts.devices, key=lambda fact: (fact.index, fact.uuid))
     )
 
@@ -244,38 +245,3 @@ def _numbers(facts: tuple[DeviceFact, ...]) -> dict[int, int]:
     if not all(buses.values()):
         return {}
     return dict(zip(sorted(buses, key=lambda index: buses[index]), sorted(buses), strict=True))
-
-
-def _islands(facts: tuple[DeviceFact, ...]) -> dict[str, int]:
-    """A number for each device, the same for those that reach each other fast.
-
-    GPUs that NVLink connects, directly or through others; without any link, those of one NUMA node. Slices are where
-    their GPU is.
-    """
-    linked = any(fact.links for fact in facts)
-    islands: dict[str, int] = {}
-    for number, fact in enumerate(sorted(facts, key=lambda fact: (fact.index, fact.uuid))):
-        if fact.uuid in islands:
-            continue
-        island = _reached(fact, facts) if linked else _on_one_node(fact, facts)
-        islands |= dict.fromkeys(island, number)
-    return islands
-
-
-def _reached(first: DeviceFact, facts: tuple[DeviceFact, ...]) -> set[str]:
-    by_gpu: dict[str, list[DeviceFact]] = {}
-    for fact in facts:
-        by_gpu.setdefault(fact.parent or fact.uuid, []).append(fact)
-    found: set[str] = set()
-    todo = [first.parent or first.uuid]
-    while todo:
-        gpu = todo.pop()
-        for fact in by_gpu.get(gpu, []):
-            if fact.uuid not in found:
-                found.add(fact.uuid)
-                todo += [*fact.links, gpu]
-    return found
-
-
-def _on_one_node(first: DeviceFact, facts: tuple[DeviceFact, ...]) -> set[str]:
-    return {fact.uuid for fact in facts if fact.numa_node == first.numa_node}

@@ -18,7 +18,7 @@ class Slot:
     """One device. `free_bytes` counts every item as gone from where it is now; below 0 where others hold too much."""
 
     free_bytes: int
-    # Devices of one island reach each other fast (NVLink, or one NUMA node).
+    # Devices of one island reach each other fast (NVLink, PCIe switches, or one NUMA node).
     island: int = 0
     # The same for devices of one type and size.
     kind: int = 0

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 from sage_reconcile.core.facts import DeviceFact, DeviceProcess, Gap
@@ -139,7 +140,9 @@ def _devices(nvml: Any) -> _Seen:
         handles[uuid] = handle
         devices += slices or [found]
     links = _links(nvml, handles)
-    return tuple(_with_links(device, links) for device in devices), tuple(gaps)
+    # Of two GPUs there is one pair, and nothing to choose.
+    switched = _switched(nvml, handles) if len(handles) > 2 and not any(links.values()) else {}
+    return tuple(_with_neighbours(device, links, switched) for device in devices), tuple(gaps)
 
 
 def _device(nvml: Any, handle: Any, index: int, uuid: str, parent: str = "") -> DeviceFact:
@@ -303,5 +306,26 @@ def _remote_bus(nvml: Any, handle: Any, link: int) -> str:
     return bus.decode() if isinstance(bus, bytes) else str(bus)
 
 
-def _with_links(device: DeviceFact, links: Mapping[str, tuple[str, ...]]) -> DeviceFact:
-    return replace(device, links=links.get(device.uuid, ()))
+def _switched(nvml: Any, handles: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """For each GPU the others that it reaches across no host bridge: PIX and PXB, as nvidia-smi topo -m calls that.
+
+    A question for each pair, 28 for eight GPUs; nothing where one of them has no answer.
+    """
+    near: dict[str, list[str]] = {uuid: [] for uuid in handles}
+    for one, other in combinations(sorted(handles), 2):
+        try:
+            level = nvml.nvmlDeviceGetTopologyCommonAncestor(handles[one], handles[other])
+        except nvml.NVMLError:
+            return {}
+        if level <= nvml.NVML_TOPOLOGY_MULTIPLE:
+            near[one].append(other)
+            near[other].append(one)
+    return {uuid: tuple(sorted(others)) for uuid, others in near.items()}
+
+
+_Neighbours = Mapping[str, tuple[str, ...]]
+
+
+def _with_neighbours(device: DeviceFact, links: _Neighbours, switched: _Neighbours) -> DeviceFact:
+    gpu = device.parent or device.uuid
+    return replace(device, links=links.get(gpu, ()), switched=switched.get(gpu, ()))

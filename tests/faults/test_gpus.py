@@ -11,7 +11,7 @@ import pytest
 
 from tests import fakenvml
 from tests.e2e import Place, fake, kill, until
-from tests.fakenvml import Fault, Gpu, HiddenPids, ProcessMemoryUnavailable, gpu_uuid
+from tests.fakenvml import Fault, Gpu, HiddenPids, Link, ProcessMemoryUnavailable, gpu_uuid
 from tests.oracle import environ, stat_fields
 
 # GPU 0 of the bug report: of its 81559 MiB another program uses so many, and engines were put there all the same.
@@ -223,6 +223,17 @@ def test_engine_that_is_split_in_four_sees_four_gpus(place: Place) -> None:
 
     assert sees(place) == {"lab/big": ",".join(gpu.uuid for gpu in FOUR)}
     assert place.held_mib() == {"lab/big": {gpu.uuid: 50_000 for gpu in FOUR}}
+    place.assert_at_rest()
+
+
+def test_engine_that_is_split_in_two_gets_two_gpus_behind_one_pcie_switch(place: Place) -> None:
+    """Next to the first GPU by number is one that only the host's memory connects it to."""
+    place.gpus(*FOUR, Link(a=0, b=2, kind="pix"), Link(a=1, b=3, kind="pix"))
+    place.write(place.gpu_fake("big", mib=50_000, tensor_parallel=2))
+
+    place.apply()
+
+    assert sees(place) == {"lab/big": f"{gpu_uuid(0)},{gpu_uuid(2)}"}
     place.assert_at_rest()
 
 

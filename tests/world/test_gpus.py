@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests import fakenvml
-from tests.fakenvml import Fault, Gpu, Hang, Link, Mig, Process, ProcessMemoryUnavailable, Used
+from tests.fakenvml import Delay, Fault, Gpu, Hang, Link, Mig, Process, ProcessMemoryUnavailable, Used
 from tests.oracle import environment
 
 MIB = 1024**2
@@ -198,6 +198,37 @@ def test_without_links_gpus_of_one_numa_node_are_one_island(box: Box) -> None:
     answer = box.gpus(Gpu(index=0, numa=0), Gpu(index=1, numa=1), Gpu(index=2, numa=0))
     islands = [device["island"] for device in answer["devices"]]
     assert islands[0] == islands[2] != islands[1]
+
+
+def test_without_nvlink_gpus_behind_common_pcie_switches_are_one_island(box: Box) -> None:
+    links = (Link(a=0, b=2, kind="pix"), Link(a=1, b=3, kind="pxb"), Link(a=0, b=1, kind="phb"))
+    answer = box.gpus(*(Gpu(index=index) for index in range(5)), *links)
+    islands = [device["island"] for device in answer["devices"]]
+    assert islands[0] == islands[2] and islands[1] == islands[3]
+    assert len(set(islands)) == 3
+
+
+def test_driver_that_does_not_tell_the_pcie_topology_leaves_the_numa_node(box: Box) -> None:
+    silent = Fault(call="nvmlDeviceGetTopologyCommonAncestor", code="NVML_ERROR_NOT_SUPPORTED", gpu=2)
+    gpus = [Gpu(index=index, numa=index // 2) for index in range(4)]
+    answer = box.gpus(*gpus, Link(a=0, b=3, kind="pix"), silent)
+    islands = [device["island"] for device in answer["devices"]]
+    assert islands[0] == islands[1] != islands[2] == islands[3]
+    assert answer["gaps"] == []
+
+
+@pytest.mark.parametrize(
+    ("count", "links", "asked"),
+    [(4, (), 6), (4, (Link(a=0, b=1, kind="nvlink"),), 0), (2, (), 0)],
+    ids=["each pair once", "there is NVLink", "there is one pair"],
+)
+def test_the_pcie_topology_is_asked_for_only_where_it_decides(
+    box: Box, count: int, links: tuple[Link, ...], asked: int
+) -> None:
+    # It never strikes, but counts.
+    counted = Delay(call="nvmlDeviceGetTopologyCommonAncestor", milliseconds=0, after=10**9)
+    box.gpus(*(Gpu(index=index) for index in range(count)), *links, counted)
+    assert sum(path.stat().st_size for path in box.nvml.parent.glob("nvml.calls.*")) == asked
 
 
 def test_disabled_or_mocked_gpus_are_as_the_variables_say(box: Box) -> None:
