@@ -12,10 +12,10 @@ from sage_reconcile.core.device_shares import called, engine_holders, foreign_ho
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.needs import device_count
 from sage_reconcile.core.observed import Engine, ObservedState, held_bytes
-from sage_reconcile.core.packing import Packing
 from sage_reconcile.core.puzzle import Candidate, Puzzle, Seat, kind_of, numbers_of, why_not
 from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.refusal import Refusal, Shortfall
+from sage_reconcile.core.slots import Packing
 
 _GIB = 1024**3
 # A search that only asks whether a relaxed problem has an answer gets less to try.

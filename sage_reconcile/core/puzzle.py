@@ -8,7 +8,8 @@ from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.label import parse_label
 from sage_reconcile.core.needs import Claim, Need
 from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, held_bytes
-from sage_reconcile.core.packing import Item, Packing, Slot, pack
+from sage_reconcile.core.packing import pack
+from sage_reconcile.core.slots import Item, Packing, Slot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

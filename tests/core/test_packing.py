@@ -7,7 +7,8 @@ from itertools import combinations, product
 
 import pytest
 
-from sage_reconcile.core.packing import Cost, Item, Packing, Slot, pack
+from sage_reconcile.core.packing import pack
+from sage_reconcile.core.slots import Cost, Item, Packing, Slot
 
 INSTANCES = int(os.environ.get("INSTANCES", "20000"))
 
