@@ -155,6 +155,12 @@ def _joined(plan: Plan, later: Plan) -> Plan:
         for act in later.acts
     )
     touched = {entry.engine for entry in plan.steps} | {entry.engine for entry in later.steps}
+    # Its other notes are on a world that only the plan brings about.
+    on_its_own = tuple(
+        note
+        for note in later.notes
+        if any(note.startswith((f"{one.engine}:", f"{one.engine} ")) for one in later.steps)
+    )
     return replace(
         plan,
         steps=plan.steps + later.steps,
@@ -162,6 +168,7 @@ def _joined(plan: Plan, later: Plan) -> Plan:
         blocked=later.blocked,
         optimality=plan.optimality if later.optimality == "proved" else "budget",
         kept=later.kept,
+        notes=plan.notes + on_its_own,
         unchanged=tuple(engine for engine in plan.unchanged if engine not in touched),
     )
 

@@ -106,6 +106,14 @@ def test_what_a_second_pass_starts_on_one_device_is_serialised_too() -> None:
     assert audit(plan, want, now) == ()
 
 
+def test_what_a_second_pass_starts_is_noted_too() -> None:
+    """2026-11-25: a note of a later pass was lost, as that an engine's memory is a guess."""
+    plan = make_plan(*lingering_on_two())
+
+    told = [note.partition(":")[0] for note in plan.notes if "cannot be told" in note]
+    assert sorted(told) == sorted(starts(plan)) == ["lab/b", "lab/c", "lab/d"]
+
+
 def test_a_second_pass_moves_nothing_that_the_first_one_starts() -> None:
     """2026-11-25: with leave to move, a plan could stop a process that its own first act was to start."""
     devices = (gpu(0, 24, lingering=(("lab/b", 7),)), gpu(1, 24, foreign=((4000, 5),)))
