@@ -144,11 +144,15 @@ class Conversation:
         print(f"\n{question} Only 'yes' will do: ", end="", file=sys.stderr, flush=True)
         return sys.stdin.readline().strip() == "yes"
 
-    def _restore(self, _plan: Plan) -> None:
+    def _restore(self, plan: Plan) -> None:
         with contextlib.suppress(OSError):
             self._erase()
             print(self.live_paint("yellow", "  the apply failed: putting back what ran before"), file=sys.stderr)
             sys.stderr.flush()
+        known = self._plan.notes if self._plan is not None else ()
+        for sentence in plan.notes:
+            if sentence not in known:
+                self.note(sentence)
 
     def _tell(self, beat: Beat) -> None:
         """Talk never stops an act: where nobody listens any more, it goes on in silence."""

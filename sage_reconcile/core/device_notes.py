@@ -9,6 +9,7 @@ from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.ledger import DRIVER_SLACK_BYTES
 from sage_reconcile.core.needs import need_of, shape_of, why_no_shape
 from sage_reconcile.core.observed import Device, Engine, ObservedState, spec_of
+from sage_reconcile.core.puzzle import last_devices
 from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes import is_served, runtime_of
@@ -39,7 +40,11 @@ def device_notes(
 
 
 def _of_a_start(engine: EngineId, place: Placement, spec: EngineSpec | None, observed: ObservedState) -> Iterator[str]:
+    runs = tuple(one for one in observed.engines if one.id == engine)
+    home = last_devices(engine, runs, observed)
     for device in observed.devices:
+        if device.closed and device.uuid in home and device.uuid not in place.devices:
+            yield f"{engine} leaves gpu{device.index}, where nothing new is started: {device.closed}"
         for entry in device.lingering:
             if entry.engine == engine and device.uuid in place.devices:
                 yield (

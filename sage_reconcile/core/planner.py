@@ -85,6 +85,21 @@ def restore_target(before: ObservedState, failed: Plan, desired: DesiredState) -
 # --- one pass ---------------------------------------------------------------------------------------------------------
 
 
+def with_places_to_be_had(target: DesiredState, now: ObservedState) -> DesiredState:
+    """A restore's target that asks for no device which has since been closed or lost: what ran there goes elsewhere."""
+    to_be_had = {device.uuid for device in now.devices if not device.closed}
+    if not to_be_had:
+        return target
+    runs = {engine.id for engine in project_engines(now, target.project) if engine.leader_alive}
+    wanted = tuple(
+        one
+        if one.pin is None or one.id in runs or to_be_had.issuperset(one.pin.resolved.placement.devices)
+        else replace(one, pin=None)
+        for one in target.wanted
+    )
+    return replace(target, wanted=wanted)
+
+
 def _pass(desired: DesiredState, observed: ObservedState, options: PlanOptions, moves: Moves) -> Plan:
     """1. Compare. 2. Find a home for what should start, until no more are refused. 3. Order the acts."""
     # (1)

@@ -13,7 +13,7 @@ from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.journal import PlanBegun, PlanEnded, RestoreBegun
 from sage_reconcile.core.observed import ObservedState, project_engines
 from sage_reconcile.core.plan import Plan, PlanOptions
-from sage_reconcile.core.planner import make_plan, restore_target
+from sage_reconcile.core.planner import make_plan, restore_target, with_places_to_be_had
 from sage_reconcile.drive.executor import Beat, Executed, Host, Journal, act_sentence, execute, seen, write_down
 
 
@@ -153,9 +153,9 @@ def _put_back(
 ) -> Outcome:
     """1. Plan back to what ran before. 2. Carry that out, if it can be written down. 3. Look again."""
     # (1)
-    target = restore_target(before, failed.plan, desired)
     options = PlanOptions(restoring=True, ready_seconds=ready_seconds)
     observed, unseen = seen(host)
+    target = with_places_to_be_had(restore_target(before, failed.plan, desired), observed)
     restore = sound_plan(target, observed, options)
     on_restore(restore)
     # (2)

@@ -580,6 +580,29 @@ def test_engine_that_died_of_the_error_is_started_on_another_gpu_and_goes_home_a
     place.assert_at_rest(again=True)
 
 
+@pytest.mark.parametrize("change", ["the engine itself", "its removal"])
+def test_what_ran_on_a_gpu_that_is_to_be_reset_is_put_back_on_another(place: Place, change: str) -> None:
+    """2026-11-25: it was put back nowhere, since what is put back is put back where it was."""
+    place.gpus(*TWO)
+    chat = place.gpu_fake("chat", mib=10_000)
+    place.write(chat)
+    place.apply()
+    (home,) = sees(place).values()
+    index = next(gpu.index for gpu in TWO if gpu.uuid == home)
+    place.gpus(*asking(index))
+    name = "chat" if change == "the engine itself" else "other"
+    place.write(place.gpu_fake(name, "--exit-code", "1", mib=10_000))
+
+    if change == "the engine itself":
+        assert f"lab/chat leaves gpu{index}, where nothing new is started: " in " ".join(place.plan()["notes"])
+    ran = place.apply(expect=5)
+
+    assert sees(place) == {"lab/chat": gpu_uuid(1 - index)}
+    assert f"lab/chat leaves gpu{index}" in " ".join((ran.stdout + ran.stderr).split())
+    place.write(chat)
+    place.assert_at_rest(again=True)
+
+
 def test_gpu_that_came_to_need_a_reset_between_the_gate_and_the_program_is_not_started_on(place: Place) -> None:
     place.gpus(*TWO)
     keep = place.gpu_fake("keep", mib=30_000, devices=[1])
