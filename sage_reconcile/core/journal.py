@@ -1,6 +1,6 @@
 """What was done: the entries of a journal, their lines, and what can be read from them. Values only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -107,20 +107,36 @@ def is_newer(line: bytes) -> bool:
 _APPLIED = ("converged", "halted")
 
 
-def last_applied(entries: tuple[Entry, ...]) -> tuple[AppliedFact, ...]:
-    """The engines of the newest revision that was applied, and not put back."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revisions:
+    """What a journal told so far: the plan that is under way, and the newest revision that was applied before it."""
+
     begun: PlanBegun | None = None
     applied: tuple[AppliedFact, ...] = ()
-    for entry in entries:
+
+    def followed_by(self, entry: Entry) -> "Revisions":
         if isinstance(entry, PlanBegun):
-            begun = entry
-        elif isinstance(entry, PlanEnded):
-            if begun is not None and entry.outcome in _APPLIED:
-                applied = tuple(
-                    AppliedFact(engine=engine, written=written, at=entry.at) for engine, written in begun.revision
-                )
-            begun = None
-    return applied
+            return replace(self, begun=entry)
+        if not isinstance(entry, PlanEnded):
+            return self
+        if self.begun is None or entry.outcome not in _APPLIED:
+            return replace(self, begun=None)
+        revision = self.begun.revision
+        applied = tuple(AppliedFact(engine=engine, written=written, at=entry.at) for engine, written in revision)
+        return Revisions(applied=applied)
+
+
+def may_tell_of_revisions(line: bytes) -> bool:
+    """Whether a line can matter to Revisions; most do not, and need not be parsed for them."""
+    return b'"plan_' in line
+
+
+def last_applied(entries: tuple[Entry, ...]) -> tuple[AppliedFact, ...]:
+    """The engines of the newest revision that was applied, and not put back."""
+    found = Revisions()
+    for entry in entries:
+        found = found.followed_by(entry)
+    return found.applied
 
 
 def shortened(entries: tuple[Entry, ...], longest_bytes: int) -> tuple[Entry, ...]:

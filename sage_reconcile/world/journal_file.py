@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sage_reconcile.core.facts import AppliedFact
-from sage_reconcile.core.journal import Entry, JournalBegun, entry_json, is_newer, last_applied, parse_entry, shortened
+from sage_reconcile.core.journal import (
+    Entry,
+    JournalBegun,
+    Revisions,
+    entry_json,
+    is_newer,
+    may_tell_of_revisions,
+    parse_entry,
+    shortened,
+)
 from sage_reconcile.world.damaged import set_aside
 from sage_reconcile.world.failpoints import failpoint
 from sage_reconcile.world.records import newer_state
@@ -133,15 +142,21 @@ def _entries(lines: list[bytes]) -> tuple[Entry, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
-    """What a journal said when it was last read. `version` is its time and size then."""
+    """What a journal said when it was last read."""
 
-    version: tuple[int, int]
-    applied: tuple[AppliedFact, ...]
+    # Its inode, time and size then.
+    version: tuple[int, int, int]
+    # Up to the end of its last whole line: how many bytes, the last of them, what they told, and who wrote them.
+    read_bytes: int
+    ending: bytes
+    revisions: Revisions
     is_newer: bool
+    # With what stands behind that.
+    applied: tuple[AppliedFact, ...]
 
 
 class AppliedRevisions:
-    """The last applied revision of every project, read again only when a journal has changed."""
+    """The last applied revision of every project. Of a journal that has grown only what is new is read."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -163,16 +178,51 @@ class AppliedRevisions:
                 status = path.stat()
             except OSError:
                 continue
-            version = (status.st_mtime_ns, status.st_size)
+            version = (status.st_ino, status.st_mtime_ns, status.st_size)
             before = self._seen.get(path)
-            found[path] = before if before is not None and before.version == version else _read(path, version)
+            found[path] = before if before is not None and before.version == version else _read(path, version, before)
         self._seen = found
 
 
-def _read(path: Path, version: tuple[int, int]) -> _Seen:
-    lines, _ = _lines(path)
+# So many bytes at the end of what was read must still be there for the rest to be taken as read.
+_ENDING_BYTES = 256
+
+
+def _read(path: Path, version: tuple[int, int, int], before: _Seen | None) -> _Seen:
+    """A journal, or what is new in it."""
+    known, text = _new_text(path, before if before is not None and before.version[0] == version[0] else None)
+    revisions = known.revisions if known is not None else Revisions()
+    whole, _, rest = text.rpartition(b"\n")
+    lines, read_bytes = whole.split(b"\n"), len(text) - len(rest)
+    for line in filter(may_tell_of_revisions, lines):
+        revisions = _followed(revisions, line)
+    # What was read of a part begins somewhere in the file: then the next look reads all of it again.
+    ending = (known.ending if known is not None else b"") + text[:read_bytes]
     return _Seen(
         version=version,
-        applied=last_applied(_entries(lines)),
-        is_newer=any(is_newer(line) for line in lines),
+        read_bytes=(known.read_bytes if known is not None else 0) + read_bytes,
+        ending=ending[-_ENDING_BYTES:],
+        revisions=revisions,
+        is_newer=(known is not None and known.is_newer) or any(map(is_newer, (*lines, rest))),
+        applied=_followed(revisions, rest).applied,
     )
+
+
+def _new_text(path: Path, before: _Seen | None) -> tuple[_Seen | None, bytes]:
+    """What stands behind what was read before, and that; None and the whole, or its last part, where that changed."""
+    try:
+        with path.open("rb") as file:
+            if before is not None:
+                file.seek(before.read_bytes - len(before.ending))
+                if file.read(len(before.ending)) == before.ending:
+                    return before, file.read(_MOST_READ_BYTES)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _MOST_READ_BYTES))
+            return None, file.read(_MOST_READ_BYTES)
+    except OSError:
+        return None, b""
+
+
+def _followed(revisions: Revisions, line: bytes) -> Revisions:
+    entry = parse_entry(line)
+    return revisions if entry is None else revisions.followed_by(entry)

@@ -1,18 +1,21 @@
 """What is on the disk: whole or not there, ours alone, and only ever a hint."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sage_reconcile.core.facts import RecordFact, RouterFact
 from sage_reconcile.core.journal import ActDone, Entry, PlanBegun, PlanEnded, last_applied
+from sage_reconcile.core.seal import sealed
 from sage_reconcile.errors import Environment, Locked
-from sage_reconcile.world.journal_file import JournalFile, read_journal
+from sage_reconcile.world.journal_file import AppliedRevisions, JournalFile, read_journal
 from sage_reconcile.world.lock import lock_paths, locked
 from sage_reconcile.world.records import Records
 from sage_reconcile.world.router_files import RouterFile, read_routers
@@ -20,6 +23,7 @@ from sage_reconcile.world.state import private_directory, state_root
 from tests.builders import identity, the_id
 from tests.e2e import until
 from tests.oracle import stat_fields
+from tests.world.test_models import read_bytes
 
 CHAT = the_id("lab/chat")
 RECORD = RecordFact(engine=CHAT, leader=identity(100), from_start=True, port=8001, phase="draining", log="/l")
@@ -115,6 +119,61 @@ def test_an_end_whose_beginning_was_lost_applies_nothing(tmp_path: Path) -> None
 def test_garbage_is_no_journal(tmp_path: Path) -> None:
     (tmp_path / "j").write_bytes(os.urandom(4096) + b"\n{}\n[1]\nnull\n")
     assert read_journal(tmp_path / "j") == ()
+
+
+def test_what_was_read_of_a_journal_is_not_read_again(tmp_path: Path) -> None:
+    """2026-11-25: each look of an apply parsed all that ever happened: a thousand applies later, four times as long."""
+    journal, reader = JournalFile(tmp_path, "lab"), AppliedRevisions(tmp_path)
+    for number in range(300):
+        for entry in (replace(BEGUN, at=float(number)), *ENTRIES[1:]):
+            journal.append(entry)
+    assert [fact.engine for fact in reader.read()] == [CHAT]
+    size = (tmp_path / "lab" / "journal.jsonl").stat().st_size
+
+    for _ in range(10):
+        journal.append(ENTRIES[1])
+        before = read_bytes()
+        assert [fact.engine for fact in reader.read()] == [CHAT]
+        assert read_bytes() - before < size / 10
+
+
+def test_a_reader_that_goes_on_tells_what_one_that_begins_does(tmp_path: Path) -> None:
+    """Whatever happens in between: it grows, is cut, written over, put in place anew, or is of a newer sage."""
+    path = tmp_path / "lab" / "journal.jsonl"
+    journal = JournalFile(tmp_path, "lab")
+    other = replace(BEGUN, revision=((the_id("lab/other"), "{}"),))
+    choices = (
+        BEGUN,
+        other,
+        ActDone(at=2.0, act=0),
+        PlanEnded(at=3.0, outcome="converged"),
+        PlanEnded(at=4.0, outcome="stuck"),
+    )
+    for seed in range(40):
+        rng = random.Random(seed)
+        reader = AppliedRevisions(tmp_path)
+        for _ in range(30):
+            whole = path.read_bytes() if path.exists() else b""
+            match rng.randrange(12):
+                case 0:
+                    path.write_bytes(whole[: rng.randrange(len(whole) + 1)])
+                case 1 if whole:
+                    place = rng.randrange(max(len(whole) - 100, 0), len(whole))
+                    path.write_bytes(whole[:place] + bytes([rng.randrange(256)]) + whole[place + 1 :])
+                case 2:
+                    path.with_name("new").write_bytes(whole[len(whole) // 2 :])
+                    path.with_name("new").replace(path)
+                case 3:
+                    path.unlink(missing_ok=True)
+                case 4 if rng.random() < 0.2:
+                    with path.open("ab") as file:
+                        file.write(sealed('{"format":99,"entry":"journal_begun"}').encode() + b"\n")
+                case _:
+                    for _ in range(rng.randrange(1, 4)):
+                        journal.append(rng.choice(choices))
+            fresh = AppliedRevisions(tmp_path)
+            assert (reader.read(), reader.newer()) == (fresh.read(), fresh.newer()), f"seed {seed}"
+        path.unlink(missing_ok=True)
 
 
 # --- lock -------------------------------------------------------------------------------------------------------------
