@@ -1,6 +1,7 @@
 """A real HTTP server that behaves as the Hugging Face hub does, or worse."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ class FakeHub:
     url: str = ""
 
     def answer(self, path: str, headers: Mapping[str, str]) -> tuple[int, Mapping[str, str], bytes]:
+        # A proxy is sent whole addresses.
+        path = re.sub("^http://[^/]+", "", path)
         self.seen.append((path, headers))
         if path in self.odd:
             return self.odd[path]
@@ -59,8 +62,12 @@ def serving() -> Iterator[Callable[[FakeHub], FakeHub]]:
                 for name, value in ({"Content-Length": str(len(body))} | dict(headers)).items():
                     self.send_header(name, value)
                 self.end_headers()
-                hub.sent_bytes += len(body)
-                self.wfile.write(body)
+                for begin in range(0, len(body), 65536):
+                    hub.sent_bytes += len(body[begin : begin + 65536])
+                    try:
+                        self.wfile.write(body[begin : begin + 65536])
+                    except OSError:
+                        break
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -23,8 +23,8 @@ DOORS = {
     "typer": {"cli/"},
     "aiohttp": {"router/"},
     "xllamacpp": {"launchers/"},
-    "http": {"world/probes.py", "world/hub.py", "router/"},
-    "urllib": {"world/hub.py", "router/"},
+    "http": {"world/probes.py", "world/hub_http.py", "router/"},
+    "urllib": {"world/hub_http.py", "router/"},
     "fcntl": {"world/lock.py", "world/router_files.py"},
 }
 

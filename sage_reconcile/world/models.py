@@ -52,7 +52,7 @@ class Models:
         # Imported here: it takes 0.05 s, and hardly anybody needs it.
         from sage_reconcile.world.hub import Hub
 
-        self._hub = self._hub or Hub()
+        self._hub = self._hub or Hub(inherited(os.environ))
         return self._hub
 
 
