@@ -441,6 +441,11 @@ def test_the_word_sglang_alone_starts_nothing(words: tuple[str, ...]) -> None:
         ("vllm", "--data-parallel-size", "write replicas"),
         ("vllm", "--max-model-len", "write max_model_len"),
         ("vllm", "--port", "write port"),
+        ("vllm", "--uds=/tmp/x", "engines listen on 127.0.0.1"),
+        ("vllm", "-dpl", "write replicas"),
+        ("vllm", "--num-gpu-blocks-override", "write gpu_memory"),
+        ("sglang", "--nnodes", "an engine runs on one machine"),
+        ("sglang", "--device", "write use_gpu"),
         ("vllm", "--dtype", "write dtype"),
         ("vllm", "-q", "write quantization"),
         ("sglang", "--quantization=fp8", "write quantization"),
@@ -475,6 +480,13 @@ def test_what_sage_alone_tells_is_refused_in_args_with_the_cure(runtime: str, ar
         ("vllm", "--max-num", ["--max-num-seqs", "--max-num-batched-tokens"]),
         ("vllm", "--enforce", ["--enforce-eager"]),
         ("vllm", "--max-num-seqs", []),
+        ("vllm", "-t", ["-tp"]),
+        ("vllm", "-p", ["-pp"]),
+        ("vllm", "-qfp8", ["-q"]),
+        ("vllm", "-ep", []),
+        ("vllm", "-O3", []),
+        ("vllm", "--", []),
+        ("vllm", "-1", []),
         ("vllm", "--device", []),
         ("vllm", "--enable-lora", []),
         ("sglang", "--mem-frac", ["--mem-fraction-static"]),
@@ -494,6 +506,24 @@ def test_an_option_that_is_written_shorter_than_it_is_cannot_pass_by(
     said = [sentence for _, sentence in runtime_of(the_spec).complaints(the_spec)]
     word = argument.partition("=")[0]
     assert said == [f"args: {word} is short for {name}; write options in full" for name in full]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "args"),
+    [
+        ("vllm", ["--max-num-batched-tokens", "64k"]),
+        ("vllm", ["--max_num_seqs=1e3"]),
+        ("sglang", ["--max-running-requests", "many"]),
+        ("llama.cpp", ["-ub", "-1"]),
+    ],
+)
+def test_a_count_that_cannot_be_counted_is_refused(runtime: str, args: list[str]) -> None:
+    """vLLM takes 64k for 65536: it was counted as the default."""
+    model = "/m/a.gguf" if runtime == "llama.cpp" else "org/m"
+    written = {"name": "x", "model": model, "runtime": runtime, "use_gpu": True, "args": args}
+    the_spec = EngineSpec.model_validate(written)
+    ((field, sentence),) = runtime_of(the_spec).complaints(the_spec)
+    assert field == "args" and sentence.endswith("cannot be counted; write a whole number")
 
 
 def test_an_sglang_without_a_gpu_is_refused() -> None:

@@ -159,16 +159,27 @@ def told_by_fields(spec: EngineSpec, told: Mapping[str, str]) -> tuple[tuple[str
 def abbreviated(spec: EngineSpec, options: Iterable[str], *, whole: Iterable[str] = ()) -> tuple[tuple[str, str], ...]:
     """A complaint for each word in `args` that argparse takes for one of these options, written shorter.
 
-    `whole` are further options of the program, which such a word may be in full.
+    It takes any beginning of an option, and the value of one with a single letter may follow at once: -qfp8. `whole`
+    are further options of the program, which such a word may be in full.
     """
     names = tuple(options)
-    short = {word: _dashed(word) for word in sorted(_written(spec)) if word.startswith("--") and word != "--"}
+    short = {word: _dashed(word) for word in sorted(_written(spec)) if word.strip("-") and word.startswith("-")}
     return tuple(
         ("args", f"args: {word} is short for {name}; write options in full")
         for word, dashed in short.items()
         if dashed not in {*names, *whole}
         for name in names
-        if name.startswith(dashed)
+        if name.startswith(dashed) or (len(name) == 2 and not word.startswith("--") and word.startswith(name))
+    )
+
+
+def not_numbers(spec: EngineSpec, options: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """A complaint for each of these options in `args` whose value is not a plain number: it could not be counted."""
+    values = ((name, option(tuple(map(_dashed, spec.args)), name)) for name in options)
+    return tuple(
+        ("args", f"args: {name} {value} cannot be counted; write a whole number")
+        for name, value in values
+        if value is not None and not (value.isascii() and value.isdigit() and len(value) < 10)
     )
 
 

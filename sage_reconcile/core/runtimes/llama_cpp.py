@@ -10,6 +10,7 @@ from sage_reconcile.core.runtimes.base import (
     Runtime,
     module_index,
     no_env,
+    not_numbers,
     option,
     port_option,
     program_index,
@@ -111,6 +112,7 @@ def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
         found += told_by_sage(spec, ("--n-gpu-layers", "--gpu-layers", "-ngl"), "write gpu_memory")
         found += told_by_sage(spec, ("--ctx-size", "-c"), "write max_model_len")
         found += told_by_sage(spec, ("--main-gpu", "-mg", "--device", "-dev", "--tensor-split", "-ts"), "write devices")
+    found += not_numbers(spec, ("--parallel", "-np", "--ubatch-size", "-ub"))
     return found + unsupported(spec, ("dtype", "quantization"), "a .gguf file carries its own number format")
 
 

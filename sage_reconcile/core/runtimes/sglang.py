@@ -16,6 +16,7 @@ from sage_reconcile.core.runtimes.base import (
     abbreviated,
     module_index,
     no_env,
+    not_numbers,
     option,
     port_option,
     program_index,
@@ -52,21 +53,25 @@ _TOLD = {
     "--context-length": "write max_model_len",
     "--dtype": "write dtype",
     "--quantization": "write quantization",
+    "--nnodes": "an engine runs on one machine",
+    "--node-rank": "an engine runs on one machine",
+    "--dist-init-addr": "an engine runs on one machine",
+    "--use-ray": "an engine runs on one machine",
+    "--device": "write use_gpu",
     "--base-gpu-id": "write devices",
     "--gpu-id-step": "write devices",
     "--model-path": "write model",
     "--model": "write model",
     "--served-model-name": "write served_name",
+    "--grpc-mode": "the router speaks HTTP",
     "--host": "engines listen on 127.0.0.1",
     "--port": "write port",
     "--config": "a file may tell what sage tells",
 }
 
 # What may stand in `args`, and is counted.
-_COUNTED = (
-    "--max-running-requests", "--chunked-prefill-size", "--max-prefill-tokens", "--kv-cache-dtype",
-    "--disable-cuda-graph",
-)  # fmt: skip
+_NUMBERS = ("--max-running-requests", "--chunked-prefill-size", "--max-prefill-tokens")
+_COUNTED = ("--kv-cache-dtype", "--disable-cuda-graph")
 
 
 def _argv(
@@ -140,7 +145,8 @@ def _serving(spec: EngineSpec) -> Serving:
 
 def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
     on_cpu = () if needs_gpu(spec) else (("use_gpu", "use_gpu: sage starts sglang on GPUs alone; write use_gpu: true"),)
-    return on_cpu + told_by_fields(spec, _TOLD) + abbreviated(spec, (*_TOLD, *_COUNTED))
+    short = abbreviated(spec, (*_TOLD, *_NUMBERS, *_COUNTED))
+    return on_cpu + told_by_fields(spec, _TOLD) + short + not_numbers(spec, _NUMBERS)
 
 
 def _told(_spec: EngineSpec, _shape: ModelShape | None) -> bool:

@@ -11,6 +11,7 @@ from sage_reconcile.core.runtimes.base import (
     abbreviated,
     module_index,
     no_env,
+    not_numbers,
     option,
     port_option,
     program_index,
@@ -43,18 +44,36 @@ _TOLD = {
     "--dtype": "write dtype",
     "--quantization": "write quantization",
     "-q": "write quantization",
+    "--num-gpu-blocks-override": "write gpu_memory",
     "--data-parallel-size": "write replicas",
     "-dp": "write replicas",
+    "--data-parallel-size-local": "write replicas",
+    "-dpl": "write replicas",
+    "--data-parallel-rank": "write replicas",
+    "-dpn": "write replicas",
+    "--data-parallel-start-rank": "write replicas",
+    "-dpr": "write replicas",
+    "--data-parallel-address": "write replicas",
+    "-dpa": "write replicas",
+    "--data-parallel-rpc-port": "write replicas",
+    "-dpp": "write replicas",
+    "--data-parallel-backend": "write replicas",
+    "-dpb": "write replicas",
+    "--headless": "write replicas",
+    "--nnodes": "an engine runs on one machine",
+    "--node-rank": "an engine runs on one machine",
     "--device-ids": "write devices",
     "--model": "write model",
     "--served-model-name": "write served_name",
+    "--uds": "engines listen on 127.0.0.1",
     "--host": "engines listen on 127.0.0.1",
     "--port": "write port",
     "--config": "a file may tell what sage tells",
 }
 
 # What may stand in `args`, and is counted.
-_COUNTED = ("--max-num-seqs", "--max-num-batched-tokens", "--kv-cache-dtype", "--enforce-eager")
+_NUMBERS = ("--max-num-seqs", "--max-num-batched-tokens")
+_COUNTED = ("--kv-cache-dtype", "--enforce-eager")
 
 
 def _argv(
@@ -105,7 +124,8 @@ def _serving(spec: EngineSpec) -> Serving:
 
 
 def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
-    return told_by_fields(spec, _TOLD) + abbreviated(spec, (*_TOLD, *_COUNTED), whole=("--device",))
+    short = abbreviated(spec, (*_TOLD, *_NUMBERS, *_COUNTED), whole=("--device",))
+    return told_by_fields(spec, _TOLD) + short + not_numbers(spec, _NUMBERS)
 
 
 def _told(_spec: EngineSpec, _shape: ModelShape | None) -> bool:
