@@ -279,14 +279,15 @@ def _links(nvml: Any, handles: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """For each GPU the others that it reaches through NVLink, directly or through an NVSwitch."""
     buses = {_bus_of(nvml, handle): uuid for uuid, handle in handles.items()}
     ends = {
-        uuid: {_remote_bus(nvml, handle, link) for link in range(nvml.NVML_NVLINK_MAX_LINKS)} - {""}
+        uuid: {_remote(nvml, handle, link) for link in range(nvml.NVML_NVLINK_MAX_LINKS)} - {_NOTHING}
         for uuid, handle in handles.items()
     }
     linked: dict[str, tuple[str, ...]] = {}
     for uuid, mine in ends.items():
-        others = {buses[bus] for bus in mine & set(buses)}
-        # Links that end at one thing that is no GPU: a switch.
-        others |= {other for other, theirs in ends.items() if (mine & theirs) - set(buses)}
+        others = {buses[bus] for bus, _ in mine if bus in buses}
+        # A GPU that is not seen, as one that is lost, passes nothing on.
+        switches = {end for end in mine if end[1] and end[0] not in buses}
+        others |= {other for other, theirs in ends.items() if switches & theirs}
         linked[uuid] = tuple(sorted(others - {uuid}))
     return linked
 
@@ -295,15 +296,20 @@ def _bus_of(nvml: Any, handle: Any) -> str:
     return _offered(nvml, lambda: _bus_id(nvml, handle)) or ""
 
 
-def _remote_bus(nvml: Any, handle: Any, link: int) -> str:
-    """The PCI bus id at the other end of an NVLink; empty for a link that is not there, or not up."""
+# The other end of an NVLink that is not there, or not up.
+_NOTHING = ("", False)
+
+
+def _remote(nvml: Any, handle: Any, link: int) -> tuple[str, bool]:
+    """The PCI bus id at the other end of an NVLink, and whether a switch is there, as far as the driver tells."""
     try:
         if nvml.nvmlDeviceGetNvLinkState(handle, link) != nvml.NVML_FEATURE_ENABLED:
-            return ""
+            return _NOTHING
         bus = nvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId
     except nvml.NVMLError:
-        return ""
-    return bus.decode() if isinstance(bus, bytes) else str(bus)
+        return _NOTHING
+    kind = _offered(nvml, lambda: int(nvml.nvmlDeviceGetNvLinkRemoteDeviceType(handle, link)))
+    return bus.decode() if isinstance(bus, bytes) else str(bus), kind in (None, nvml.NVML_NVLINK_DEVICE_TYPE_SWITCH)
 
 
 def _switched(nvml: Any, handles: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

@@ -200,6 +200,13 @@ def test_without_links_gpus_of_one_numa_node_are_one_island(box: Box) -> None:
     assert islands[0] == islands[2] != islands[1]
 
 
+def test_gpus_that_are_linked_to_a_lost_one_alone_do_not_reach_each_other(box: Box) -> None:
+    gpus = (Gpu(index=0, numa=0), Gpu(index=1), Gpu(index=2, numa=1))
+    links = (Link(a=0, b=1, kind="nvlink"), Link(a=2, b=1, kind="nvlink"))
+    answer = box.gpus(*gpus, *links, Fault(gpu=1, code="NVML_ERROR_GPU_IS_LOST"))
+    assert len({device["island"] for device in answer["devices"]}) == 2
+
+
 def test_without_nvlink_gpus_behind_common_pcie_switches_are_one_island(box: Box) -> None:
     links = (Link(a=0, b=2, kind="pix"), Link(a=1, b=3, kind="pxb"), Link(a=0, b=1, kind="phb"))
     answer = box.gpus(*(Gpu(index=index) for index in range(5)), *links)
