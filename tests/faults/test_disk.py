@@ -450,11 +450,12 @@ def copy_of_the_program(root: Path) -> None:
     )
 
 
-def test_d3_program_that_is_first_run_under_a_limit_runs_afterwards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("longest", [1024, 6000])
+def test_d3_program_that_is_first_run_under_a_limit_runs_afterwards(tmp_path: Path, longest: int) -> None:
     """Python itself keeps what it could write of a compiled module, and fails on it ever after."""
     copy_of_the_program(tmp_path)
 
-    commands_of_a_copy(tmp_path, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)))
+    commands_of_a_copy(tmp_path, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (longest, longest)))
 
     assert commands_of_a_copy(tmp_path).code == 0
     assert len(compiled(tmp_path)) > 10, "with room, modules are compiled once"
