@@ -67,7 +67,7 @@ def test_p20_applies_of_two_projects_and_a_loop_like_watch_take_turns(place: Pla
 
 
 PROGRAM = r"""
-import os, re, sys, threading
+import difflib, os, re, sys, threading
 from pathlib import Path
 from sage_reconcile.app.project import local_host
 from sage_reconcile.app.verbs import ApplyOptions, Watcher, apply, down
@@ -102,7 +102,8 @@ first, before = cycle(host), held()
 last = first
 for _ in range(cycles - 2):
     last = cycle(host)
-print("plans are the same:", first == last)
+difference = [*difflib.unified_diff("".join(first).splitlines(), "".join(last).splitlines(), lineterm="", n=0)]
+print("plans are the same:", first == last, difference)
 print("held before and after:", before == held(), before, held())
 """
 
@@ -136,6 +137,6 @@ def assert_keeps_nothing(place: Place, cycles: int) -> None:
 
     assert done.returncode == 0, done.stderr
     plans, held = done.stdout.splitlines()
-    assert plans == "plans are the same: True"
+    assert plans == "plans are the same: True []"
     assert held.startswith("held before and after: True"), held
     place.assert_nothing_left()
