@@ -30,6 +30,8 @@ _INHERITED = (
 )  # fmt: skip
 _INHERITED_PREFIXES = ("LC_", "HF_", "SSL_CERT_")
 
+_PF_KTHREAD = 0x00200000  # include/linux/sched.h
+
 
 def boot_id() -> str:
     """The kernel's name for this boot; another value means that every pid on record is void."""
@@ -52,6 +54,7 @@ class Stat:
     session: int
     start_ticks: int
     threads: int
+    of_the_kernel: bool
 
     @property
     def alive(self) -> bool:
@@ -73,6 +76,7 @@ def stat(pid: int) -> Stat | None:
         session=int(fields[3]),
         start_ticks=int(fields[19]),
         threads=int(fields[17]),
+        of_the_kernel=int(fields[6]) & _PF_KTHREAD != 0,
     )
 
 
@@ -157,7 +161,8 @@ def pid_namespace() -> int:
 
 def _process(pid: int, node: str, boot: str, logs: str) -> ProcessFact | None:
     found = stat(pid)
-    if found is None:
+    # On a machine with many cores, the threads of the kernel are most of what there is.
+    if found is None or found.of_the_kernel:
         return None
     owner = os.stat(f"/proc/{pid}").st_uid
     # The files of a process that may not be dumped belong to root, whoever's it is (proc(5)).

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sage_reconcile.app.host import LocalHost
@@ -231,3 +232,15 @@ def test_a_name_with_spaces_and_brackets_does_not_confuse_the_fields(tmp_path: P
     finally:
         process.kill()
         process.wait()
+
+
+def test_threads_of_the_kernel_are_not_looked_into() -> None:
+    """They have no program, no environment and no memory of a GPU, and on a large machine there are thousands."""
+    found, _ = processes.processes(node="box", boot="boot")
+    pids = {fact.identity.pid for fact in found}
+
+    assert os.getpid() in pids
+    # In a container there are none to be seen, and pid 2 is anybody.
+    if Path("/proc/2/comm").exists() and Path("/proc/2/comm").read_text() == "kthreadd\n":
+        children = {pid for pid in psutil.pids() if (seen := processes.stat(pid)) and 2 in (pid, seen.parent_pid)}
+        assert children and not children & pids
