@@ -91,9 +91,10 @@ def held():
 
 def cycle(host):
     plans.clear()
-    assert apply((manifests,), watcher, ApplyOptions(), project=None, host=host).result == "converged"
+    applied = apply((manifests,), watcher, ApplyOptions(), project=None, host=host)
+    assert applied.result == "converged", (applied.failures, applied.plan.notes)
     (outcome,) = down((manifests,), (), watcher, project=None, everything=False, host=host)
-    assert outcome.result == "converged"
+    assert outcome.result == "converged", (outcome.failures, outcome.plan.notes)
     return tuple(plans)
 
 host = local_host()
