@@ -126,6 +126,7 @@ def advance(
     tasks: tuple[Act | Awaited, ...] = (*plan.acts, *plan.awaited)
     orders: list[tuple[int, Order]] = []
     progress = replace(progress, readings=readings(progress.readings, observed, now))
+    leaving = {act.leader for act in plan.acts if isinstance(act, StopEngine)}
     for index, task in enumerate(tasks):
         entry = progress.entries[index]
         if entry.ended or (entry.phase == "waiting" and not _may_begin(plan, progress, index, observed)):
@@ -136,7 +137,7 @@ def advance(
             case StopEngine():
                 entry, given = _stopping(task, entry, observed, now)
             case StartEngine():
-                entry, given = _starting(task, entry, observed, now, progress.readings)
+                entry, given = _starting(task, entry, observed, now, progress.readings, leaving)
             case RelabelEngine():
                 entry, given = replace(entry, phase="done"), (Relabel(act=task),)
             case Awaited():
@@ -263,12 +264,18 @@ def _kill(engine: Engine) -> Kill:
 
 
 def _starting(
-    act: StartEngine, entry: ActProgress, observed: ObservedState, now: float, read: tuple[Reading, ...]
+    act: StartEngine,
+    entry: ActProgress,
+    observed: ObservedState,
+    now: float,
+    read: tuple[Reading, ...],
+    leaving: Collection[ProcessIdentity],
 ) -> tuple[ActProgress, tuple[Order, ...]]:
     if entry.phase == "waiting":
         entry = replace(entry, phase="settling", begun_at=now, since=now)
     if entry.phase == "settling":
-        verdict = may_start(act, read, observed, now=now, waited_seconds=now - entry.since)
+        waited_seconds = now - entry.since
+        verdict = may_start(act, read, observed, now=now, waited_seconds=waited_seconds, leaving=leaving)
         if verdict.answer == "wait":
             return replace(entry, waits_for=verdict.why), ()
         if verdict.answer == "fail":

@@ -4,13 +4,13 @@ An engine that starts measures what is free, so nothing else may move on its dev
 its acts others may have taken what was free.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from sage_reconcile.core.device_shares import foreign_holders, holders_text
 from sage_reconcile.core.identity import ProcessIdentity
 from sage_reconcile.core.ledger import DRIVER_SLACK_BYTES
-from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, held_bytes
+from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, held_bytes, spec_of
 from sage_reconcile.core.plan import StartEngine, StopEngine
 from sage_reconcile.core.quantities import gib
 
@@ -56,9 +56,15 @@ def readings(before: Iterable[Reading], observed: ObservedState, now: float) -> 
 
 
 def may_start(
-    act: StartEngine, read: Iterable[Reading], observed: ObservedState, *, now: float, waited_seconds: float
+    act: StartEngine,
+    read: Iterable[Reading],
+    observed: ObservedState,
+    *,
+    now: float,
+    waited_seconds: float,
+    leaving: Collection[ProcessIdentity] = (),
 ) -> Verdict:
-    """Whether the devices of a start are in sight, at rest, and have room.
+    """Whether the devices of a start are in sight, at rest, and have room. `leaving` are the engines to be stopped.
 
     Memory of dead engines is waited for, also where there is room without it: what comes back while an engine starts
     spoils what it measures. Where the engine's own last process does not give it back, there is no start.
@@ -70,7 +76,7 @@ def may_start(
     loading = [
         engine
         for engine in observed.engines
-        if engine.state == "starting" and set(engine.resolved.placement.devices) & set(place.devices)
+        if engine.leader not in leaving and _loads_on(engine, place.devices, act, observed.taken_at)
     ]
     if loading and waited_seconds < act.ready_seconds:
         return Verdict(answer="wait", why=f"{loading[0].id} still loads on its devices")
@@ -91,6 +97,18 @@ def may_start(
     if comes_back and waited_seconds < LONGEST_WAIT_SECONDS:
         return Verdict(answer="wait", why=trouble)
     return Verdict(answer="fail", why=trouble)
+
+
+def _loads_on(engine: Engine, devices: Collection[str], act: StartEngine, now: float) -> bool:
+    """Whether an engine still takes memory there: until it is healthy, or its own time to become so is over.
+
+    Whether it was asked a request of its kind is its project's affair, and no news of its memory.
+    """
+    if engine.state != "starting" or engine.health == "ok" or not set(engine.resolved.placement.devices) & set(devices):
+        return False
+    spec = spec_of(engine)
+    limit_seconds = spec.ready.timeout if spec is not None else act.ready_seconds
+    return not engine.started_at or now - engine.started_at < limit_seconds
 
 
 def _lingering(devices: Iterable[Device]) -> str:
