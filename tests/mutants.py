@@ -496,6 +496,20 @@ MUTANTS = (
         caught_by=("tests/core/test_settling.py",),
     ),
     Mutant(
+        bug="a start does not wait for an engine that loads",
+        file="sage_reconcile/core/settling.py",
+        old="    if loading and waited_seconds",
+        new="    if False and waited_seconds",
+        caught_by=("tests/faults/test_gpu_loading.py::g9",),
+    ),
+    Mutant(
+        bug="a start waits for the proof of an engine that is healthy",
+        file="sage_reconcile/core/settling.py",
+        old=' or engine.health == "ok" or',
+        new=" or",
+        caught_by=("tests/faults/test_gpu_loading.py::g9",),
+    ),
+    Mutant(
         bug="the devices are not looked at again before the release",
         file="sage_reconcile/app/host.py",
         old="            trouble = self._device_trouble(act)\n",
