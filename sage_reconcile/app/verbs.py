@@ -15,10 +15,11 @@ from sage_reconcile.app.project import (
     revision,
 )
 from sage_reconcile.core.desired import DesiredState
+from sage_reconcile.core.device_notes import unproved
 from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.lookup import lookup
 from sage_reconcile.core.observed import ObservedState, pids_not_given_back, project_engines
-from sage_reconcile.core.plan import PlanOptions
+from sage_reconcile.core.plan import PlanOptions, StartEngine
 from sage_reconcile.drive.reconciler import Outcome, apply_plan, sound_plan
 from sage_reconcile.errors import Environment, InvalidManifests, Refused, Usage
 from sage_reconcile.world.footprint_files import FootprintFiles
@@ -91,7 +92,8 @@ def apply(
         return _planned(desired, host, options.for_plan)
     with locked(lock_paths(os.environ), purpose=f"apply {desired.source}", wait_seconds=options.lock_seconds):
         refuse_newer_state(host.root)
-        host.measured.keeps = True
+        # A look also keeps the logs of engines from growing: an apply may be the only sage that ever runs here.
+        host.measured.keeps = host.cuts_logs = True
         _make_room(host.root, desired.project, watcher)
         planned = _planned(desired, host, options.for_plan)
         if planned.plan.blocked and options.on_failure != "continue":
@@ -199,6 +201,10 @@ def _carried_out(
             on_beat=watcher.on_beat,
             on_restore=watcher.on_restore,
         )
+    started = {act.engine for act in plan.acts if isinstance(act, StartEngine)}
+    for engine in outcome.observed.engines if outcome.result == "converged" else ():
+        for sentence in unproved(engine, outcome.observed) if engine.id in started else ():
+            watcher.note(f"{engine.id} {sentence}")
     kept = {"converged": {engine for engine, _ in revision}, "restored": {applied.engine for applied in before.applied}}
     try:
         if outcome.result in kept:

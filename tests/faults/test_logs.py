@@ -61,6 +61,19 @@ def test_p28_log_that_grows_without_end_takes_bounded_room_and_its_last_line_is_
     place.assert_nothing_left()
 
 
+def test_p28_apply_that_has_nothing_to_do_keeps_logs_short_all_the_same(place: Place) -> None:
+    """Where apply comes from a timer and nothing serves, no other sage looks."""
+    place.write(fake("chat"))
+    place.apply()
+    with log_of(place).open("ab") as log:
+        log.truncate(3 * LONGEST_LOG_BYTES)
+
+    place.apply()
+
+    assert taken_bytes(place) < 2 * LONGEST_LOG_BYTES
+    place.assert_at_rest(again=True)
+
+
 def test_p28_log_that_is_cut_while_it_is_written_loses_only_what_came_during_the_cut(tmp_path: Path) -> None:
     """Each line has a number. What is kept is whole lines in order, and the new log begins with a whole one."""
     directory = tmp_path / "logs"
