@@ -1,5 +1,6 @@
 """wait: until engines are ready, or stopped, or the time is up."""
 
+import contextlib
 import os
 import time
 
@@ -9,7 +10,8 @@ from sage_reconcile.app.verbs import matching
 from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.observed import Engine, ObservedState, model_of, spec_of
 from sage_reconcile.core.progress import proof_order
-from sage_reconcile.errors import TimedOut
+from sage_reconcile.errors import Environment, Locked, TimedOut
+from sage_reconcile.world.lock import lock_paths, locked
 from sage_reconcile.world.logs import logged_engines
 from sage_reconcile.world.state import state_root
 
@@ -19,7 +21,7 @@ _PAUSE_SECONDS = 0.2
 def wait(ids: tuple[str, ...], *, project: str | None, goal: str, limit_seconds: float) -> None:
     """Until all engines that the ids mean are "ready" or "stopped". Raises TimedOut, and Usage for an unknown id."""
     host = local_host()
-    host.answer_seconds = _PAUSE_SECONDS
+    host.answer_seconds, host.measured.keeps = _PAUSE_SECONDS, goal == "ready"
     observed = host.look()
     named = _named(ids, observed, project)
     deadline = time.monotonic() + limit_seconds
@@ -29,6 +31,14 @@ def wait(ids: tuple[str, ...], *, project: str | None, goal: str, limit_seconds:
         prove(host, observed)
         host.wait(_PAUSE_SECONDS)
         observed = host.look()
+    _keep_measured(host, {engine.project for engine in named})
+
+
+def _keep_measured(host: LocalHost, projects: set[str]) -> None:
+    """What they were seen to take, as an apply that waits would keep it. Whoever has the lock keeps what it sees."""
+    with contextlib.suppress(Locked, Environment), locked(lock_paths(os.environ), purpose="wait", wait_seconds=0):
+        for project in projects:
+            host.measured.keep(project)
 
 
 def _named(ids: tuple[str, ...], observed: ObservedState, project: str | None) -> set[EngineId]:

@@ -10,7 +10,7 @@ import pytest
 from sage_reconcile.core.facts import FootprintFact
 from sage_reconcile.core.seal import sealed
 from sage_reconcile.world.footprint_files import FootprintFiles
-from tests.e2e import Place, until
+from tests.e2e import Place, kill, until
 from tests.fakenvml import Gpu
 
 CHAOS = os.environ.get("CHAOS") == "1"
@@ -58,6 +58,19 @@ def test_an_engine_that_takes_less_than_declared_is_given_that_at_its_next_start
     assert given(place) == (4096, "measured")
     footprints(place).unlink()
     assert given(place) == (16384, "declared"), "only the figure is lost with the file"
+
+
+def test_an_engine_that_sage_wait_waited_for_is_measured_as_by_an_apply(place: Place) -> None:
+    place.gpus(Gpu(index=0))
+    place.write(place.gpu_fake("chat", "--ready-after", "0.5", mib=4096, gpu_memory="16GiB"))
+    place.apply("--no-wait")
+    assert kept(place) == ()
+
+    place.sage("wait", "lab/chat", "-p", place.project, expect=0)
+    kill(place.pids()["lab/chat"])
+
+    assert given(place) == (4096, "measured")
+    place.apply()
 
 
 def test_an_engine_that_takes_more_later_is_measured_when_it_is_stopped(place: Place) -> None:
