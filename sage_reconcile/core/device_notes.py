@@ -45,6 +45,7 @@ def _of_a_start(engine: EngineId, place: Placement, spec: EngineSpec | None, obs
     for device in observed.devices:
         if device.closed and device.uuid in home and device.uuid not in place.devices:
             yield f"{engine} leaves gpu{device.index}, where nothing new is started: {device.closed}"
+        yield from _left_behind(engine, runs, device, place)
         for entry in device.lingering:
             if entry.engine == engine and device.uuid in place.devices:
                 yield (
@@ -70,8 +71,30 @@ def _of_a_start(engine: EngineId, place: Placement, spec: EngineSpec | None, obs
         )
 
 
+def _left_behind(engine: EngineId, runs: tuple[Engine, ...], device: Device, place: Placement) -> Iterator[str]:
+    """What processes that outlived the engine's first one hold of a device: they are ended before it starts."""
+    for run in runs:
+        held = dict(run.measured_bytes).get(device.uuid, 0)
+        if not run.leader_alive and held and device.uuid in place.devices:
+            pids = ", ".join(str(member.pid) for member in run.members)
+            yield f"{engine} waits for {gib(held)} GiB of gpu{device.index} that pid {pids} of its last process holds"
+
+
+def unproved(engine: Engine, observed: ObservedState) -> tuple[str, ...]:
+    """What a ready engine should hold of its devices and does not, in words: nothing proves then that it runs there."""
+    used = dict(engine.measured_bytes)
+    unknown = {gap.subject for gap in observed.gaps if gap.what == "device memory"}
+    return tuple(
+        f"holds no memory of gpu{device.index}: nothing proves that it runs there"
+        for device in observed.devices
+        if engine.state == "ready" and device.uuid in engine.resolved.placement.devices and device.uuid not in unknown
+        if not used.get(device.uuid, 0) and device.orphaned_bytes <= DRIVER_SLACK_BYTES
+    )
+
+
 def _of_a_running_one(engine: Engine, observed: ObservedState) -> Iterator[str]:
     place, used = engine.resolved.placement, dict(engine.measured_bytes)
+    yield from (f"{engine.id} {sentence}" for sentence in unproved(engine, observed))
     unknown = {gap.subject for gap in observed.gaps if gap.what == "device memory"}
     for device in observed.devices:
         if device.uuid not in place.devices:
@@ -83,8 +106,6 @@ def _of_a_running_one(engine: Engine, observed: ObservedState) -> Iterator[str]:
         uses, given = used.get(device.uuid, 0), place.counted_bytes_per_device
         if uses > given + DRIVER_SLACK_BYTES:
             yield f"{engine.id} uses {gib(uses)} GiB of gpu{device.index}, and was given {gib(given)}"
-        if not uses and engine.state == "ready" and device.orphaned_bytes <= DRIVER_SLACK_BYTES:
-            yield f"{engine.id} holds no memory of gpu{device.index}: nothing proves that it runs there"
         yield from _of_a_better_figure(engine, device, observed)
 
 

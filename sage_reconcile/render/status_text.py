@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sage_reconcile.core.device_notes import unproved
 from sage_reconcile.core.facts import AppliedFact, RecordFact
 from sage_reconcile.core.observed import Engine, ObservedState, model_of, spec_of
 from sage_reconcile.core.quantities import duration_text, gib
@@ -63,6 +64,7 @@ def status_text(
             table = [(*row[:_GPU_COLUMN], *row[_GPU_COLUMN + 1 :]) for row in table]
         lines = _painted(columns(table), paint)
     lines += [f"note: {engine.id} {engine.exposed}" for engine in engines if engine.exposed]
+    lines += [f"note: {engine.id} {sentence}" for engine in engines for sentence in unproved(engine, observed)]
     lines += _foreign(observed)
     lines += [f"cannot see: {gap.what}: {gap.why}" for gap in observed.gaps]
     if any(applied in observed.applied for applied, _ in missing):
@@ -137,7 +139,7 @@ def status_json(
 ) -> dict[str, Any]:
     """The JSON form of the contract."""
     applied = {fact.engine: fact.written for fact in observed.applied}
-    rows = [_engine(engine, applied, uptimes) for engine in engines]
+    rows = [_engine(engine, applied, uptimes, observed) for engine in engines]
     rows += [_missing(fact, record, observed) for fact, record in missing]
     return {
         "format_version": FORMAT_VERSION,
@@ -167,7 +169,9 @@ def status_json(
     }
 
 
-def _engine(engine: Engine, applied: dict[Any, str], uptimes: dict[int, float]) -> dict[str, Any]:
+def _engine(
+    engine: Engine, applied: dict[Any, str], uptimes: dict[int, float], observed: ObservedState
+) -> dict[str, Any]:
     place = engine.resolved.placement
     spec = spec_of(engine)
     return {
@@ -181,7 +185,7 @@ def _engine(engine: Engine, applied: dict[Any, str], uptimes: dict[int, float]) 
         "model": model_of(engine),
         "label": spec.label if spec else None,
         "state": engine.state,
-        "reason": engine.reason or engine.exposed,
+        "reason": engine.reason or engine.exposed or "; ".join(unproved(engine, observed)),
         "pid": engine.leader.pid if engine.leader_alive else None,
         "members": [process.pid for process in engine.members],
         "node": place.node,

@@ -517,6 +517,28 @@ def test_g6_running_gpu_engine_is_kept_when_its_edit_comes_while_nvml_is_gone(pl
     place.assert_nothing_left()
 
 
+# --- nothing proves that an engine is where it was placed -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_engine_that_holds_nothing_of_a_gpu_is_told_by_apply_and_by_status(place: Place, devices: int) -> None:
+    """It may compute on the CPU; one that is split in two may hold memory of one GPU alone."""
+    place.gpus(*TWO)
+    nowhere = fake("chat", use_gpu=True, gpu_memory="1000MiB")
+    on_one = place.gpu_fake("chat", "--claims-on", "0", mib=1000, tensor_parallel=2)
+    place.write(nowhere if devices == 1 else on_one)
+
+    ran = place.apply()
+
+    bare = [uuid for uuid in sees(place)["lab/chat"].split(",") if uuid not in place.held_mib().get("lab/chat", {})]
+    assert len(bare) == 1
+    index = next(gpu.index for gpu in TWO if gpu.uuid == bare[0])
+    why = f"holds no memory of gpu{index}: nothing proves that it runs there"
+    assert f"note: lab/chat {why}" in " ".join(ran.stderr.split())
+    assert (place.engines()["lab/chat"]["state"], place.engines()["lab/chat"]["reason"]) == ("ready", why)
+    assert f"note: lab/chat {why}" in " ".join(place.sage("status").stdout.split())
+
+
 # --- the driver asks for a reset of a GPU -----------------------------------------------------------------------------
 
 
