@@ -7,6 +7,7 @@ found by searching again with one thing relaxed. Must not know: runtimes, ports,
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from sage_reconcile.core.cures import Trial, cures_in_its_manifest, of_one_engine
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.device_shares import called, engine_holders, foreign_holders, holders_text
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
@@ -17,7 +18,6 @@ from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.refusal import Refusal, Shortfall
 from sage_reconcile.core.slots import Packing
 
-_GIB = 1024**3
 # A search that only asks whether a relaxed problem has an answer gets less to try.
 _HELP_BUDGET_NODES = 2_000
 # Foreign processes and engines that a refusal tries without, those that hold most first.
@@ -55,10 +55,11 @@ def seated(
     packing = puzzle.solved()
     seats: dict[EngineId, Seat] = {}
     refused: dict[EngineId, Refusal] = {}
+    tried: dict[tuple[object, ...], Packing] = {}
     for candidate in puzzle.candidates:
         place = packing.places[str(candidate.wanted.id)]
         if place is None:
-            refused[candidate.wanted.id] = _refusal(candidate, puzzle, packing)
+            refused[candidate.wanted.id] = _refusal(candidate, puzzle, packing, tried)
         elif not candidate.runs or set(place) != set(puzzle.home_of(candidate)):
             seats[candidate.wanted.id] = puzzle.seat(candidate, place)
     return Seating(seats=seats, refusals=refused, proved=packing.proved)
@@ -103,7 +104,9 @@ def _device_name(name: int | str) -> str:
     return f"gpu{name}" if isinstance(name, int) else name
 
 
-def _refusal(candidate: Candidate, puzzle: Puzzle, packing: Packing) -> Refusal:
+def _refusal(
+    candidate: Candidate, puzzle: Puzzle, packing: Packing, tried: dict[tuple[object, ...], Packing]
+) -> Refusal:
     """What is missing on each device, who has it, and what would help."""
     shortfalls = tuple(_shortfall(candidate, number, puzzle, packing) for number in range(len(puzzle.devices)))
     fitting = sum(not entry.short_bytes and not entry.why_not for entry in shortfalls)
@@ -120,7 +123,7 @@ def _refusal(candidate: Candidate, puzzle: Puzzle, packing: Packing) -> Refusal:
         reason="memory" if pinned is None or len(pinned) >= count else "device_pin",
         why=f"{wants}{among}, {found}{alike}",
         devices=shortfalls,
-        would_help=_would_help(candidate, puzzle, packing, shortfalls),
+        would_help=_would_help(candidate, puzzle, packing, shortfalls, tried),
     )
 
 
@@ -162,15 +165,17 @@ def _shortfall(candidate: Candidate, number: int, puzzle: Puzzle, packing: Packi
 
 
 def _would_help(
-    candidate: Candidate, puzzle: Puzzle, packing: Packing, shortfalls: tuple[Shortfall, ...]
+    candidate: Candidate,
+    puzzle: Puzzle,
+    packing: Packing,
+    shortfalls: tuple[Shortfall, ...],
+    tried: dict[tuple[object, ...], Packing],
 ) -> tuple[str, ...]:
     """One thing relaxed at a time: what a search then finds a place for, and for the others too."""
-    found: list[str] = []
-    wanted = candidate.wanted
-    smaller = _largest_that_fits(candidate, puzzle, shortfalls)
-    if smaller >= _GIB and wanted.pin is None:
-        found.append(f"gpu_memory <= {smaller // (_GIB // 10) / 10:.1f}GiB")
-    quick = replace(puzzle, budget_nodes=_HELP_BUDGET_NODES)
+    wanted, quick = candidate.wanted, replace(puzzle, budget_nodes=_HELP_BUDGET_NODES)
+    most = _largest_that_fits(candidate, puzzle, shortfalls)
+    trial = Trial(candidate=candidate, puzzle=quick, packing=packing, tried=tried)
+    found = list(cures_in_its_manifest(trial, most))
     if wanted.spec.devices is not None and _helps(replace(quick, unpinned=frozenset({wanted.id})), candidate, packing):
         found.append("other devices than those it is pinned to")
     if puzzle.movable and _helps(quick.moving(), candidate, packing):
@@ -179,6 +184,8 @@ def _would_help(
         if _helps(replace(quick, without_pids=frozenset({pid})), candidate, packing):
             found.append(f"without foreign pid {pid} ({name})")
     for engine in _engines_that_hold(puzzle):
+        if of_one_engine(engine.id, wanted.id):
+            continue  # No manifest asks for one replica without another.
         if _helps(replace(quick, without_engines=frozenset({engine.leader})), candidate, packing):
             found.append(f"without {called(engine.id, puzzle.desired.project)}")
     if puzzle.desired.reserve_bytes:

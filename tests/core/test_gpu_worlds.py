@@ -15,6 +15,7 @@ from itertools import combinations, product
 import pytest
 
 from sage_reconcile.core.audit import audit
+from sage_reconcile.core.cures import of_one_engine
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.facts import Gap, ModelFact
 from sage_reconcile.core.identity import EngineId
@@ -491,12 +492,18 @@ def cured(cure: str, blocked: EngineId, want: DesiredState, now: ObservedState) 
     """The plan once a refusal's advice was followed."""
     if cure == "--allow-moves":
         return make_plan(want, now, PlanOptions(allow_moves=True))
-    if found := re.fullmatch(r"gpu_memory <= (.*)", cure):
-        smaller = tuple(
-            replace(one, spec=one.spec.model_copy(update={"gpu_memory": found[1]})) if one.id == blocked else one
+    if found := re.fullmatch(r"(gpu_memory|max_model_len|tensor_parallel)(?: <=|:) (.*)", cure):
+        fields = {found[1]: found[2] if found[1] == "gpu_memory" else int(found[2])}
+        written = tuple(
+            replace(one, spec=one.spec.model_copy(update=fields)) if of_one_engine(one.id, blocked) else one
             for one in want.wanted
         )
-        return make_plan(replace(want, wanted=smaller), now)
+        return make_plan(replace(want, wanted=written), now)
+    if found := re.fullmatch(r"replicas: (.*)", cure):
+        fewer = tuple(
+            one for one in want.wanted if not (of_one_engine(one.id, blocked) and one.id.replica >= int(found[1]))
+        )
+        return make_plan(replace(want, wanted=fewer), now)
     if found := re.fullmatch(r"without foreign pid (\d+) .*", cure):
         return make_plan(want, replace(now, devices=tuple(without(device, int(found[1])) for device in now.devices)))
     name = cure.removeprefix("without ")
