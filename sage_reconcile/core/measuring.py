@@ -47,7 +47,7 @@ def measurement(engine: Engine, observed: ObservedState, logged: LoggedFootprint
     peak = used[fullest.uuid]
     logged = logged or LoggedFootprint()
     return FootprintFact(
-        key=footprint_key(spec),
+        key=footprint_key(spec, told=place.memory_told),
         device_name=fullest.name,
         version=record.program_version,
         peak_bytes=peak,

@@ -98,12 +98,11 @@ def why_no_shape(spec: EngineSpec, observed: ObservedState) -> str:
     return "nobody looked at the model" if fact is None else fact.shape_why
 
 
-def footprint_key(spec: EngineSpec) -> str:
-    """A digest of all in a spec that its memory depends on."""
+def footprint_key(spec: EngineSpec, *, told: bool) -> str:
+    """A digest of all in a spec that its memory depends on: of one that is not told, not on what is written of it."""
+    left_out = _NOT_OF_THE_NEED if told else _NOT_OF_THE_NEED | {"gpu_memory"}
     fields = {
-        name: value
-        for name, value in written_fields(spec).items()
-        if name in IDENTITY_FIELDS and name not in _NOT_OF_THE_NEED
+        name: value for name, value in written_fields(spec).items() if name in IDENTITY_FIELDS and name not in left_out
     }
     return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:16]
 
@@ -112,7 +111,7 @@ def measured(spec: EngineSpec, device_name: str, observed: ObservedState) -> Foo
     """What such an engine was seen to take of a device of that name with today's program; None: it never was seen."""
     program = program_fact(spec, observed)
     version = "" if program is None else program.version
-    key = footprint_key(spec)
+    key = footprint_key(spec, told=runtime_of(spec).tells(spec, shape_of(spec, observed)))
     # Projects keep their measurements apart, so there may be several.
     facts = [
         fact

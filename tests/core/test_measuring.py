@@ -51,7 +51,9 @@ PROGRAMS = ("vllm", "llama-server", "engine")
 
 
 def seen(fields: dict[str, Any], **figures: Any) -> FootprintFact:
-    return FootprintFact(**{"key": footprint_key(the_spec(**fields)), "device_name": "H100", "version": "1", **figures})
+    the_one = the_spec(**fields)
+    key = footprint_key(the_one, told=runtime_of(the_one).tells(the_one, SHAPE))
+    return FootprintFact(**{"key": key, "device_name": "H100", "version": "1", **figures})
 
 
 def claim(fields: dict[str, Any], *footprints: FootprintFact, on: str = "GPU-0", version: str = "1") -> Claim:
@@ -66,6 +68,17 @@ def test_an_engine_that_cannot_be_told_needs_what_it_was_measured_to_take() -> N
 
     assert (found.memory_bytes, found.context_bytes, found.source) == (9 * GIB, 0, "measured")
     assert claim(COMMAND).source == "declared"
+
+
+def test_another_figure_in_the_manifest_of_an_engine_that_cannot_be_told_changes_nothing() -> None:
+    """2026-11-25: with gpu_memory: 30.0GiB written it was given that, took 55.7, and the apply ended out of memory."""
+    fact = seen(COMMAND, peak_bytes=57000 * MIB)
+
+    for written in ("30GiB", "57000MiB", 0.1):
+        found = claim(COMMAND | {"gpu_memory": written}, fact)
+        assert (found.memory_bytes, found.source) == (57000 * MIB, "measured")
+    told = VLLM | {"gpu_memory": "30GiB"}
+    assert claim(told | {"gpu_memory": "20GiB"}, seen(told, peak_bytes=31 * GIB, beyond_bytes=GIB)).context_bytes < GIB
 
 
 def test_another_device_another_program_and_another_spec_were_not_measured() -> None:

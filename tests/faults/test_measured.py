@@ -73,6 +73,20 @@ def test_an_engine_that_sage_wait_waited_for_is_measured_as_by_an_apply(place: P
     place.apply()
 
 
+def test_what_an_engine_that_cannot_be_told_takes_is_not_made_less_by_writing_less(place: Place) -> None:
+    """2026-11-25: gpu_memory <= 39.9GiB was to help, the plan was green, and the apply ended out of memory."""
+    place.gpus(Gpu(index=0), Gpu(index=1))
+    place.write(place.gpu_fake("chat", mib=57_000))
+    place.apply()
+    place.sage("down", str(place.manifests), "-y")
+    with place.foreign_on(0, 40_000), place.foreign_on(1, 50_000):
+        for written in ("57000MiB", "30.0GiB"):
+            place.write(place.gpu_fake("chat", mib=57_000, gpu_memory=written))
+            (refused,) = place.plan(expect=4)["blocked"]
+            assert "needs a GPU with 55.7 GiB" in refused["why"]
+            assert not [cure for cure in refused["would_help"] if "gpu_memory" in cure]
+
+
 def test_an_engine_that_takes_more_later_is_measured_when_it_is_stopped(place: Place) -> None:
     place.gpus(Gpu(index=0))
     place.write(place.gpu_fake("chat", "--memory-grows-to", "9000", mib=2000, gpu_memory="4GiB"))
