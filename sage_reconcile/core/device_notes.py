@@ -1,14 +1,15 @@
 """What a reader of a plan should know about devices, beyond what is done: sentences. Pure."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from sage_reconcile.core.compare import Comparison
 from sage_reconcile.core.desired import DesiredState
-from sage_reconcile.core.footprint import footprint
+from sage_reconcile.core.figure_notes import notes_of_a_figure, notes_of_a_need
 from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.ledger import DRIVER_SLACK_BYTES
-from sage_reconcile.core.needs import need_of, shape_of, why_no_shape
+from sage_reconcile.core.needs import need_of, shape_of
 from sage_reconcile.core.observed import Device, Engine, ObservedState, spec_of
+from sage_reconcile.core.plan import Blocked
 from sage_reconcile.core.puzzle import last_devices
 from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.resolved import Placement
@@ -20,14 +21,21 @@ _NEWS_SHARE = 0.10
 
 
 def device_notes(
-    places: Mapping[EngineId, Placement], found: Comparison, desired: DesiredState, observed: ObservedState
+    places: Mapping[EngineId, Placement],
+    found: Comparison,
+    refused: Iterable[Blocked],
+    desired: DesiredState,
+    observed: ObservedState,
 ) -> tuple[str, ...]:
-    """What starts, then what runs, then the devices that are not seen."""
+    """What starts, then what has no device, then what runs, then the devices that are not seen."""
     specs = {wanted.id: wanted.spec for wanted in desired.wanted if wanted.pin is None}
     notes: list[str] = []
     for engine, place in sorted(places.items()):
         if place.devices:
             notes += _of_a_start(engine, place, specs.get(engine), observed)
+    for blocked in sorted(refused, key=lambda blocked: blocked.engine):
+        if blocked.devices and blocked.engine in specs:
+            notes += notes_of_a_need(blocked.engine, specs[blocked.engine], observed)
     for running in found.unchanged:
         notes += _of_a_running_one(running, observed)
     used = {uuid for place in places.values() for uuid in place.devices}
@@ -54,21 +62,11 @@ def _of_a_start(engine: EngineId, place: Placement, spec: EngineSpec | None, obs
                 )
     if spec is None:
         return
-    if place.memory_source == "name":
-        why = why_no_shape(spec, observed)
-        yield f"{engine}: {gib(place.memory_bytes_per_device)} GiB is a guess by its model's name: {why}"
+    yield from notes_of_a_figure(engine, spec, place, observed)
     remarks = runtime_of(spec).remarks(spec, shape_of(spec, observed), place.memory_bytes_per_device)
     yield from (f"{engine}: {remark}" for remark in remarks)
     if not place.memory_told:
         yield f"{engine}: {runtime_of(spec).name} cannot be told to keep to {gib(place.memory_bytes_per_device)} GiB"
-    shape = shape_of(spec, observed)
-    if place.memory_source == "computed" and shape is not None:
-        terms = footprint(shape, runtime_of(spec).serving(spec)).terms
-        yield from (
-            f"{engine}: with a margin of {gib(term.memory_bytes)} GiB: {term.why}"
-            for term in terms
-            if term.name == "margin"
-        )
 
 
 def _left_behind(engine: EngineId, runs: tuple[Engine, ...], device: Device, place: Placement) -> Iterator[str]:

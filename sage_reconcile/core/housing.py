@@ -112,8 +112,9 @@ def _refusal(
     fitting = sum(not entry.short_bytes and not entry.why_not for entry in shortfalls)
     sizes = {candidate.need.on(device.uuid).counted_bytes for device in puzzle.devices}
     size = " to ".join(gib(size) for size in sorted({min(sizes), max(sizes)}))
-    count = candidate.need.count
+    count, known_from = candidate.need.count, candidate.need.known_from
     wants = f"needs {count} GPUs x {size} GiB" if count > 1 else f"needs a GPU with {size} GiB"
+    wants += f" ({known_from})" if known_from else ""
     found = {0: "none fits"}.get(fitting, f"{fitting} fit{'s' if fitting == 1 else ''}")
     pinned = puzzle.pinned(candidate)
     names = [f"gpu{puzzle.devices[number].index}" for number in sorted(pinned or ())]

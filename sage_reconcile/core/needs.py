@@ -15,6 +15,9 @@ from sage_reconcile.core.runtimes import program_of, runtime_of
 from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import IDENTITY_FIELDS, EngineSpec, canonical_json, written_fields
 
+# What a reader is told of a source whose name does not say it.
+SOURCE_WORDS = {"name": "guessed by its name"}
+
 # A fraction is told with so many digits: 0.01% of 80 GiB is 8 MiB.
 _FRACTION_DIGITS = 4
 
@@ -56,6 +59,12 @@ class Need:
 
     def on(self, uuid: str) -> Claim:
         return dict(self.claims)[uuid]
+
+    @property
+    def known_from(self) -> str:
+        """From what that is known, in words; it may be measured on one sort of device alone. Empty: not told."""
+        sources = sorted({claim.source for _, claim in self.claims} - {"none"})
+        return " or ".join(SOURCE_WORDS.get(source, source) for source in sources)
 
 
 def need_of(spec: EngineSpec, observed: ObservedState) -> Need:

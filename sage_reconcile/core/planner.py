@@ -137,7 +137,7 @@ def _pass(desired: DesiredState, observed: ObservedState, options: PlanOptions, 
         notes=(
             *found.notes,
             *_port_notes(homes.places, observed),
-            *device_notes(homes.places, found, desired, observed),
+            *device_notes(homes.places, found, refused, desired, observed),
         ),
         unchanged=tuple(engine.id for engine in found.unchanged),
         kept=tuple(sorted(stays_blocked.union(found.kept))),
@@ -183,7 +183,7 @@ def _joined(plan: Plan, later: Plan) -> Plan:
         blocked=later.blocked,
         optimality=plan.optimality if later.optimality == "proved" else "budget",
         kept=later.kept,
-        notes=plan.notes + on_its_own,
+        notes=plan.notes + tuple(note for note in on_its_own if note not in plan.notes),
         unchanged=tuple(engine for engine in plan.unchanged if engine not in touched),
     )
 

@@ -4,6 +4,7 @@ import json
 import re
 
 from sage_reconcile.core.device_table import device_rows
+from sage_reconcile.core.needs import SOURCE_WORDS
 from sage_reconcile.core.observed import ObservedState
 from sage_reconcile.core.plan import Blocked, Plan, Step
 from sage_reconcile.core.quantities import gib, size_text
@@ -44,9 +45,6 @@ _VERBS = {
 
 # Where a line that is too long goes on.
 _CONTINUED = 8
-
-# Where the memory of a placement is known from, as a reader is told it.
-SOURCES = {"name": "guessed by its name"}
 
 # What was written as 40GiB is carried as its bytes.
 _SIZE = re.compile(r'"(\d{1,18})B"', re.ASCII)
@@ -130,7 +128,7 @@ def memory_parts(place: Placement, told: str, *, before: str) -> list[str]:
     """The memory that a placement counts for, where that is known from, and what the engine is told."""
     each = " on each" if len(place.devices) > 1 else ""
     beside = f" and {gib(place.context_bytes_per_device)} beside it" if place.context_bytes_per_device else ""
-    source = SOURCES.get(place.memory_source, place.memory_source)
+    source = SOURCE_WORDS.get(place.memory_source, place.memory_source)
     return [f"{before}{gib(place.memory_bytes_per_device)} GiB{each}{beside},", f" {source},", f" {told}"]
 
 

@@ -1,6 +1,7 @@
 """Why an engine is where it is, or is not; and whose the bytes of a device are. 80 columns are enough."""
 
 from sage_reconcile.core.footprint import Footprint, Term
+from sage_reconcile.core.needs import SOURCE_WORDS
 from sage_reconcile.core.observed import Engine, ObservedState
 from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.refusal import Shortfall
@@ -12,7 +13,7 @@ from sage_reconcile.render.device_names import device_name
 from sage_reconcile.render.gpu_text import device_lines
 from sage_reconcile.render.lines import flowed, sentence, words
 from sage_reconcile.render.paint import PLAIN, Paint
-from sage_reconcile.render.plan_text import SOURCES, SYMBOLS, blocked_lines, devices_text, memory_parts, shortfall_lines
+from sage_reconcile.render.plan_text import SYMBOLS, blocked_lines, devices_text, memory_parts, shortfall_lines
 
 _STATE_COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "stopping": "yellow"}
 
@@ -126,7 +127,7 @@ def _needs(why: EngineWhy) -> list[str]:
     if why.told and spec is not None and not runtime_of(spec).fills:
         told = " told as layers and context"
     size = "  needs".ljust(_AT) + f"{gib(claim.memory_bytes)} GiB{beside}"
-    return flowed([size, f" on {on},", f" {SOURCES.get(claim.source, claim.source)},", told], indent=_AT)
+    return flowed([size, f" on {on},", f" {SOURCE_WORDS.get(claim.source, claim.source)},", told], indent=_AT)
 
 
 def _uses(engine: Engine | None, place: Placement, observed: ObservedState, *, starts: bool) -> list[str]:

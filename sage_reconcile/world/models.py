@@ -67,8 +67,9 @@ def model_fact(model: str, *, environment: Mapping[str, str], shape: bool, hub: 
         return ModelFact(model=model, why=why)
     found = model_shape(model, directory="/", environment=environment)
     if isinstance(found, UnknownShape) and not is_path(model) and is_hub_id(model):
-        here, found = found, hub.shape(model, environment) if hub else UnknownShape(why="ask_hub is not set")
-        found = UnknownShape(why=f"{here.why}, and {found.why}") if isinstance(found, UnknownShape) else found
+        here = found.why
+        found = hub.shape(model, environment) if hub else UnknownShape(why="sage.yaml does not say ask_hub: true")
+        found = UnknownShape(why=f"{here}, and {found.why}") if isinstance(found, UnknownShape) else found
     if isinstance(found, UnknownShape):
         return ModelFact(model=model, shape_why=found.why)
     return ModelFact(model=model, shape=found)

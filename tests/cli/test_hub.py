@@ -59,7 +59,7 @@ def test_the_hub_is_not_asked_unless_the_project_says_so(hub: FakeHub, capsys: p
 
     plan = " ".join(told(capsys, "plan").split())
 
-    assert "is a guess by its model's name" in plan and "ask_hub is not set" in plan
+    assert "is a guess by its model's name" in plan and "sage.yaml does not say ask_hub: true" in plan
     assert hub.seen == []
 
 

@@ -568,7 +568,10 @@ def test_g11_slice_is_filled_to_its_own_size_and_not_to_that_of_its_gpu(place: P
     machine(place, *_sliced())
     place.write(place.gpu_fake("big", mib=12000))
     text = planned(place, expect=4)
-    assert text.count("of 9.8 GiB") == 2 and "cannot place lab/big: needs a GPU with 11.7 GiB, none fits" in text
+    assert (
+        text.count("of 9.8 GiB") == 2
+        and "cannot place lab/big: needs a GPU with 11.7 GiB (declared), none fits" in text
+    )
 
     pinned = place.gpu_fake("pinned", mib=6000, devices=[mig_uuid(0, 1)])
     place.write(pinned, place.gpu_fake("any", mib=6000))

@@ -217,7 +217,7 @@ def test_engine_that_is_split_in_four_sees_four_gpus(place: Place) -> None:
     place.write(big)
     with place.foreign_on(2, FOREIGN_MIB):
         (refused,) = place.plan(expect=4)["blocked"]
-        assert (refused["reason"], refused["why"]) == ("memory", "needs 4 GPUs x 48.8 GiB, 3 fit")
+        assert (refused["reason"], refused["why"]) == ("memory", "needs 4 GPUs x 48.8 GiB (declared), 3 fit")
 
     place.apply()
 
