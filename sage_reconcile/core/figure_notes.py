@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sage_reconcile.core.footprint import footprint
 from sage_reconcile.core.identity import EngineId
-from sage_reconcile.core.needs import need_of, shape_of, why_no_shape
+from sage_reconcile.core.needs import measured, need_of, shape_of, why_no_shape
 from sage_reconcile.core.observed import ObservedState
 from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.resolved import Placement
@@ -15,6 +15,7 @@ from sage_reconcile.core.spec import EngineSpec
 def notes_of_a_figure(engine: EngineId, spec: EngineSpec, place: Placement, observed: ObservedState) -> Iterator[str]:
     """Of the memory that an engine is given there."""
     yield from _of_a_figure(engine, spec, place.memory_source, place.memory_bytes_per_device, observed)
+    yield from _of_too_little(engine, place, spec, observed)
 
 
 def notes_of_a_need(engine: EngineId, spec: EngineSpec, observed: ObservedState) -> Iterator[str]:
@@ -36,4 +37,28 @@ def _of_a_figure(
             f"{engine}: with a margin of {gib(term.memory_bytes)} GiB: {term.why}"
             for term in known.terms
             if term.name == "margin"
+        )
+        yield from (f"{engine}: {sentence}" for sentence in known.not_counted)
+
+
+def _of_too_little(engine: EngineId, place: Placement, spec: EngineSpec, observed: ObservedState) -> Iterator[str]:
+    """A budget that is written and does not hold what the engine needs to start, as far as that can be computed.
+
+    It is no refusal: formulas err, and `args` may know more, as --cpu-offload-gb. One that was ready with it has proved
+    that it is enough.
+    """
+    shape = shape_of(spec, observed)
+    names = {device.name for device in observed.devices if device.uuid in place.devices}
+    if shape is None or spec.gpu_memory == "auto" or not runtime_of(spec).budgeted:
+        return
+    if any(measured(spec, name, observed) is not None for name in names):
+        return
+    known = footprint(shape, runtime_of(spec).serving(spec))
+    weights, cache = known.bytes_of("weights"), known.bytes_of("kv_cache")
+    needed = weights + cache + known.bytes_of("activations", "non_torch")
+    if place.memory_bytes_per_device < needed:
+        tokens = spec.max_model_len or shape.max_positions
+        yield (
+            f"{engine}: gpu_memory gives it {gib(place.memory_bytes_per_device)} GiB, and to start it needs about "
+            f"{gib(needed)}: {gib(weights)} for its weights, {gib(cache)} for one sequence of {tokens:,} tokens"
         )

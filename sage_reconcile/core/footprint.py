@@ -6,6 +6,7 @@ that explains it. Must not know: which devices there are, and what is free on th
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,7 +14,7 @@ from sage_reconcile.core.activations import GIB, Batch, llama_cpp_activations, t
 from sage_reconcile.core.kv_cache import KvSettings, bytes_per_sequence, bytes_per_token, known_dtype, rounded_tokens
 from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import Kind, RuntimeName
-from sage_reconcile.core.weights import table_bytes, weight_bytes
+from sage_reconcile.core.weights import counts_dtype, counts_quantization, table_bytes, weight_bytes
 
 TermName = Literal["weights", "kv_cache", "activations", "non_torch", "cuda_graphs", "cuda_context", "margin", "slack"]
 
@@ -61,6 +62,8 @@ class Footprint:
     kv_bytes_per_token: int
     # What a sequence takes however long it is: states, and windows that are full.
     kv_bytes_per_sequence: int
+    # What is written and has no figure here, a sentence each.
+    not_counted: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -128,6 +131,7 @@ def footprint(shape: ModelShape, serving: Serving) -> Footprint:
         terms=tuple(term for term in terms if term.memory_bytes > 0),
         kv_bytes_per_token=per_token,
         kv_bytes_per_sequence=per_sequence,
+        not_counted=tuple(_not_counted(shape, serving)),
     )
 
 
@@ -199,6 +203,20 @@ def _kv_cache(serving: Serving, kv: KvSettings, per_token: int, per_sequence: in
     if unknown:
         why += f'; the type "{unknown[0]}" is not known here and counts as 16 bits'
     return Term(name="kv_cache", memory_bytes=sequences * tokens * per_token + fixed * per_sequence, why=why)
+
+
+def _not_counted(shape: ModelShape, serving: Serving) -> Iterator[str]:
+    """Runtimes know more words than there are figures for."""
+    if not counts_dtype(serving.dtype):
+        yield f"dtype: {serving.dtype} is not known here and counts as 16 bits"
+    if not counts_quantization(shape, serving.quantization):
+        yield (
+            f"quantization: {serving.quantization} counts for nothing: its files are not quantised, and how it would "
+            "load them is not known here"
+        )
+    for name in dict.fromkeys((serving.kv_dtype, serving.value_dtype)):
+        if not known_dtype(name):
+            yield f"the type {name} of its cache is not known here and counts as 16 bits"
 
 
 def _activations(shape: ModelShape, serving: Serving) -> Term:

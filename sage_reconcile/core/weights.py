@@ -6,7 +6,7 @@ from sage_reconcile.core.shape import ModelShape, Role, WeightPart
 
 # Numbers that are cast to the dtype that the engine computes in, and their bytes on disk.
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_DTYPE_BYTES = {"float32": 4, "float": 4}
+_DTYPE_BYTES = {"auto": 2, "half": 2, "float16": 2, "bfloat16": 2, "float32": 4, "float": 4}
 
 # Bits per weight after quantisation while loading: vLLM's --quantization fp8 and bitsandbytes (nf4 with an absolute
 # maximum of 32 bits per 64 weights).
@@ -40,6 +40,16 @@ def weight_bytes(
     if runtime == "llama.cpp":
         return _layers_dealt(shape, bytes_of, tensor_parallel * pipeline_parallel)
     return _tensors_split(shape, bytes_of, tensor_parallel, pipeline_parallel)
+
+
+def counts_dtype(dtype: str) -> bool:
+    """Whether this number format has a figure; one that has none counts as 16 bits."""
+    return dtype in _DTYPE_BYTES
+
+
+def counts_quantization(shape: ModelShape, quantization: str) -> bool:
+    """Whether what is written counts: "" is nothing, and weights that are quantised already count as they are."""
+    return not quantization or quantization in _ON_LOADING_BITS or shape.quantisation is not None
 
 
 def _tensors_split(shape: ModelShape, bytes_of: Mapping[Role, float], tensor_parallel: int, stages: int) -> int:
