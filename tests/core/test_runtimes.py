@@ -515,6 +515,8 @@ def test_an_option_that_is_written_shorter_than_it_is_cannot_pass_by(
         ("vllm", ["--max_num_seqs=1e3"]),
         ("sglang", ["--max-running-requests", "many"]),
         ("llama.cpp", ["-ub", "-1"]),
+        ("llama.cpp", ["--parallel=0"]),
+        ("vllm", ["--max-num-seqs=0"]),
     ],
 )
 def test_a_count_that_cannot_be_counted_is_refused(runtime: str, args: list[str]) -> None:
@@ -523,9 +525,32 @@ def test_a_count_that_cannot_be_counted_is_refused(runtime: str, args: list[str]
     written = {"name": "x", "model": model, "runtime": runtime, "use_gpu": True, "args": args}
     the_spec = EngineSpec.model_validate(written)
     ((field, sentence),) = runtime_of(the_spec).complaints(the_spec)
-    assert field == "args" and sentence.endswith("cannot be counted; write a whole number")
+    assert field == "args" and sentence.endswith("cannot be counted; write a whole number from 1 on")
 
 
 def test_an_sglang_without_a_gpu_is_refused() -> None:
     the_spec = EngineSpec.model_validate({"name": "x", "model": "org/m", "runtime": "sglang", "use_gpu": False})
     assert [field for field, _ in SGLANG.complaints(the_spec)] == ["use_gpu"]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "args", "said"),
+    [
+        ("vllm", ["--max-num-seqs"], "--max-num-seqs has no value"),
+        ("vllm", ["--max-num-seqs="], "--max-num-seqs has no value"),
+        ("vllm", ["--kv-cache-dtype", "--enforce-eager"], "--kv-cache-dtype has no value"),
+        ("llama.cpp", ["-ctk"], "-ctk has no value"),
+        ("vllm", ["--max-num-seqs 16"], '"--max-num-seqs 16" is one word; write --max-num-seqs and its value as two'),
+        ("sglang", ["--kv-cache-dtype fp8"], '"--kv-cache-dtype fp8" is one word'),
+        ("llama.cpp", ["-np 2"], '"-np 2" is one word'),
+        ("vllm", ["--gpu-memory-utilization 0.5"], "--gpu-memory-utilization is told by sage"),
+        ("vllm", ["--max-num 16"], "--max-num is short for"),
+    ],
+)
+def test_an_option_that_would_not_be_read_as_it_is_meant_is_refused(runtime: str, args: list[str], said: str) -> None:
+    """2026-11-25: a word with a space in it passed, and the default was counted."""
+    model = "/m/a.gguf" if runtime == "llama.cpp" else "org/m"
+    written = {"name": "x", "model": model, "runtime": runtime, "use_gpu": True, "args": args}
+    the_spec = EngineSpec.model_validate(written)
+    complaints = runtime_of(the_spec).complaints(the_spec)
+    assert complaints and all(sentence.startswith(f"args: {said}") for _, sentence in complaints)

@@ -173,19 +173,49 @@ def abbreviated(spec: EngineSpec, options: Iterable[str], *, whole: Iterable[str
     )
 
 
-def not_numbers(spec: EngineSpec, options: Iterable[str]) -> tuple[tuple[str, str], ...]:
-    """A complaint for each of these options in `args` whose value is not a plain number: it could not be counted."""
-    values = ((name, option(tuple(map(_dashed, spec.args)), name)) for name in options)
+def uncounted(spec: EngineSpec, numbers: Iterable[str], *, others: Iterable[str] = ()) -> tuple[tuple[str, str], ...]:
+    """A complaint for each of these options in `args` without a value that counts; that of `others` is any word."""
+    plain, written = tuple(numbers), tuple(_options(spec, (*numbers, *others)))
     return tuple(
-        ("args", f"args: {name} {value} cannot be counted; write a whole number")
-        for name, value in values
-        if value is not None and not (value.isascii() and value.isdigit() and len(value) < 10)
+        ("args", f"args: {name} {why}")
+        for name, value in written
+        if (why := _no_value(value) or (_no_number(value) if name in plain else ""))
     )
 
 
+def one_word(spec: EngineSpec, options: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """A complaint for each of these options in `args` that stands in one word with its value, and is none so."""
+    names = set(options)
+    heads = ((word, word.partition("=")[0].split()) for word in spec.args)
+    return tuple(
+        ("args", f'args: "{word}" is one word; write {head[0]} and its value as two, or with = between them')
+        for word, head in heads
+        if len(head) > 1 and _dashed(head[0]) in names
+    )
+
+
+def _options(spec: EngineSpec, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each of the options in `args`, in the order of the names, with its value; empty when it has none."""
+    words = tuple(map(_dashed, spec.args))
+    for name in names:
+        for index, word in enumerate(words):
+            head, equals, value = word.partition("=")
+            if head == name:
+                yield name, value if equals else "".join(words[index + 1 : index + 2])
+
+
+def _no_value(value: str) -> str:
+    return "has no value" if not value or value.startswith("--") else ""
+
+
+def _no_number(value: str) -> str:
+    plain = value.isascii() and value.isdigit() and len(value) < 10 and int(value) > 0
+    return "" if plain else f"{value} cannot be counted; write a whole number from 1 on"
+
+
 def _written(spec: EngineSpec) -> set[str]:
-    """The options in `args`, without values."""
-    return {word.partition("=")[0] for word in spec.args}
+    """The options in `args`, without values, those too that stand in one word with theirs."""
+    return {"".join(word.partition("=")[0].split()[:1]) for word in spec.args}
 
 
 def _dashed(word: str) -> str:

@@ -10,11 +10,12 @@ from sage_reconcile.core.runtimes.base import (
     Runtime,
     module_index,
     no_env,
-    not_numbers,
+    one_word,
     option,
     port_option,
     program_index,
     told_by_sage,
+    uncounted,
     unsupported,
     whole_number,
 )
@@ -28,6 +29,9 @@ _LAUNCHER = "sage_reconcile.launchers.llama_cpp"
 
 # Its defaults: slots that share one context, and the physical batch.
 _SLOTS, _BATCH_TOKENS = 4, 512
+# What may stand in `args`, and is counted.
+_NUMBERS = ("--parallel", "-np", "--ubatch-size", "-ub")
+_TYPES = ("--cache-type-k", "-ctk", "--cache-type-v", "-ctv")
 # More layers than any model has: all of them.
 _ALL_LAYERS = 999
 
@@ -112,7 +116,7 @@ def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
         found += told_by_sage(spec, ("--n-gpu-layers", "--gpu-layers", "-ngl"), "write gpu_memory")
         found += told_by_sage(spec, ("--ctx-size", "-c"), "write max_model_len")
         found += told_by_sage(spec, ("--main-gpu", "-mg", "--device", "-dev", "--tensor-split", "-ts"), "write devices")
-    found += not_numbers(spec, ("--parallel", "-np", "--ubatch-size", "-ub"))
+    found += uncounted(spec, _NUMBERS, others=_TYPES) + one_word(spec, (*_NUMBERS, *_TYPES))
     return found + unsupported(spec, ("dtype", "quantization"), "a .gguf file carries its own number format")
 
 

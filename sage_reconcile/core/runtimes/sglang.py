@@ -16,11 +16,12 @@ from sage_reconcile.core.runtimes.base import (
     abbreviated,
     module_index,
     no_env,
-    not_numbers,
+    one_word,
     option,
     port_option,
     program_index,
     told_by_fields,
+    uncounted,
     whole_number,
 )
 from sage_reconcile.core.runtimes.startup_log import sglang_log
@@ -71,7 +72,7 @@ _TOLD = {
 
 # What may stand in `args`, and is counted.
 _NUMBERS = ("--max-running-requests", "--chunked-prefill-size", "--max-prefill-tokens")
-_COUNTED = ("--kv-cache-dtype", "--disable-cuda-graph")
+_TYPES, _FLAGS = ("--kv-cache-dtype",), ("--disable-cuda-graph",)
 
 
 def _argv(
@@ -145,8 +146,12 @@ def _serving(spec: EngineSpec) -> Serving:
 
 def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
     on_cpu = () if needs_gpu(spec) else (("use_gpu", "use_gpu: sage starts sglang on GPUs alone; write use_gpu: true"),)
-    short = abbreviated(spec, (*_TOLD, *_NUMBERS, *_COUNTED))
-    return on_cpu + told_by_fields(spec, _TOLD) + short + not_numbers(spec, _NUMBERS)
+    short = abbreviated(spec, (*_TOLD, *_NUMBERS, *_TYPES, *_FLAGS))
+    return on_cpu + told_by_fields(spec, _TOLD) + short + _counted(spec)
+
+
+def _counted(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
+    return uncounted(spec, _NUMBERS, others=_TYPES) + one_word(spec, (*_NUMBERS, *_TYPES, *_FLAGS))
 
 
 def _told(_spec: EngineSpec, _shape: ModelShape | None) -> bool:

@@ -11,11 +11,12 @@ from sage_reconcile.core.runtimes.base import (
     abbreviated,
     module_index,
     no_env,
-    not_numbers,
+    one_word,
     option,
     port_option,
     program_index,
     told_by_fields,
+    uncounted,
     whole_number,
 )
 from sage_reconcile.core.runtimes.startup_log import vllm_log
@@ -73,7 +74,7 @@ _TOLD = {
 
 # What may stand in `args`, and is counted.
 _NUMBERS = ("--max-num-seqs", "--max-num-batched-tokens")
-_COUNTED = ("--kv-cache-dtype", "--enforce-eager")
+_TYPES, _FLAGS = ("--kv-cache-dtype",), ("--enforce-eager",)
 
 
 def _argv(
@@ -124,8 +125,12 @@ def _serving(spec: EngineSpec) -> Serving:
 
 
 def _complaints(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
-    short = abbreviated(spec, (*_TOLD, *_NUMBERS, *_COUNTED), whole=("--device",))
-    return told_by_fields(spec, _TOLD) + short + not_numbers(spec, _NUMBERS)
+    short = abbreviated(spec, (*_TOLD, *_NUMBERS, *_TYPES, *_FLAGS), whole=("--device",))
+    return told_by_fields(spec, _TOLD) + short + _counted(spec)
+
+
+def _counted(spec: EngineSpec) -> tuple[tuple[str, str], ...]:
+    return uncounted(spec, _NUMBERS, others=_TYPES) + one_word(spec, (*_NUMBERS, *_TYPES, *_FLAGS))
 
 
 def _told(_spec: EngineSpec, _shape: ModelShape | None) -> bool:
