@@ -271,7 +271,7 @@ def _missing_part(wanted: Wanted, observed: ObservedState, homeless: set[EngineI
     model = model_fact(spec, observed)
     if is_path(spec.model) and model is not None and model.why:
         return Refusal(reason="model_missing", why=model.why)
-    return _uneven_heads(wanted, observed) if needs_gpu(spec) else None
+    return _uneven_heads(wanted, observed) or _too_many_stages(wanted, observed) if needs_gpu(spec) else None
 
 
 def _uneven_heads(wanted: Wanted, observed: ObservedState) -> Refusal | None:
@@ -286,4 +286,18 @@ def _uneven_heads(wanted: Wanted, observed: ObservedState) -> Refusal | None:
         reason="parallelism",
         why=f"tensor_parallel: {spec.tensor_parallel} does not divide its {shape.attention_heads} attention heads",
         would_help=(f"tensor_parallel: {', '.join(possible[:-1])} or {possible[-1]}",) if len(possible) > 1 else (),
+    )
+
+
+def _too_many_stages(wanted: Wanted, observed: ObservedState) -> Refusal | None:
+    """Each stage of a pipeline has a layer at least."""
+    spec, shape = wanted.spec, shape_of(wanted.spec, observed)
+    if shape is None or not shape.layers or not runtime_of(spec).splits_heads:
+        return None
+    if spec.pipeline_parallel <= shape.layers:
+        return None
+    return Refusal(
+        reason="parallelism",
+        why=f"pipeline_parallel: {spec.pipeline_parallel} is more than its {shape.layers} layers",
+        would_help=(f"pipeline_parallel <= {shape.layers}",),
     )

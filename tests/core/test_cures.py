@@ -84,6 +84,15 @@ def test_a_command_is_offered_no_context_and_no_split_that_nobody_would_tell_it(
     assert cures(desired(wants("chat/big", **program)), *TWO) == ()
 
 
+def test_more_stages_than_layers_are_no_want_of_devices() -> None:
+    """2026-11-25: "needs 64 GPUs x 5.4 GiB, 2 fit", where no number of GPUs would do."""
+    for runtime in ("vllm", "sglang"):
+        engine = wants("chat/a", model=LLAMA_8B, pipeline_parallel=64, runtime=runtime)
+        one = refused(make_plan(desired(engine), machine(*TWO)))
+        assert (one.reason, one.why) == ("parallelism", "pipeline_parallel: 64 is more than its 32 layers")
+        assert one.would_help == ("pipeline_parallel <= 32",)
+
+
 # --- of replicas ------------------------------------------------------------------------------------------------------
 
 

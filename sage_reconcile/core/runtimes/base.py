@@ -67,7 +67,7 @@ class Runtime:
     static_bytes: Callable[[EngineSpec, ModelShape | None, int], int] | None = None
     # How CUDA_VISIBLE_DEVICES names its devices.
     device_names: Literal["uuid", "index"] = "uuid"
-    # Whether tensor_parallel must divide the attention heads.
+    # Whether tensor_parallel must divide the attention heads, and each stage of a pipeline have a layer.
     splits_heads: bool = False
     # Whether it runs on a slice of a GPU (MIG).
     takes_slices: bool = True
