@@ -4,7 +4,7 @@ Goes in: the engine and the problem in which it was refused. Comes out: cures, e
 replicas of the engine are as they would then be. Must not know: ports, acts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,6 +58,7 @@ def cures_in_its_manifest(trial: Trial, most_bytes: int) -> Iterator[str]:
     if all(claim.source in ("computed", "measured") for _, claim in candidate.need.claims):
         yield from (f"tensor_parallel: {count}" for count in _wider(trial))
         yield from (f"max_model_len <= {length}" for length in _shorter(trial))
+        yield from (f"max_concurrent_requests <= {count}" for count in _at_once(trial))
     yield from (f"replicas: {count}" for count in _fewer(trial))
 
 
@@ -97,15 +98,25 @@ def _shorter(trial: Trial) -> Iterator[int]:
     """The longest context, of those that people write: where one fits, a shorter one does."""
     spec, shape = trial.candidate.wanted.spec, shape_of(trial.candidate.wanted.spec, trial.puzzle.observed)
     now = spec.max_model_len or (shape.max_positions if shape is not None else 0)
-    lengths = [length for length in _LENGTHS if length < now]
-    first, last = 0, len(lengths)
+    yield from _most(trial, "max_model_len", [length for length in _LENGTHS if length < now])
+
+
+def _at_once(trial: Trial) -> Iterator[int]:
+    """The most sequences of full length, where a cache for more than one was asked for."""
+    spec = trial.candidate.wanted.spec
+    yield from _most(trial, "max_concurrent_requests", range(1, runtime_of(spec).serving(spec).full_sequences))
+
+
+def _most(trial: Trial, field: str, values: Sequence[int]) -> Iterator[int]:
+    """The largest value that helps, of those that grow: where one fits, a smaller one does. Nothing when none does."""
+    first, last = 0, len(values)
     while first < last:
         middle = (first + last) // 2
-        if trial.helps(max_model_len=lengths[middle]):
+        if trial.helps(**{field: values[middle]}):
             first = middle + 1
         else:
             last = middle
-    yield from lengths[first - 1 : first] if first else ()
+    yield from values[first - 1 : first] if first else ()
 
 
 def _fewer(trial: Trial) -> Iterator[int]:

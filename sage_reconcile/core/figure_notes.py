@@ -1,6 +1,7 @@
 """What a reader of a plan should know of the figures that it goes by: guesses, margins, words without one. Pure."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from sage_reconcile.core.footprint import footprint
 from sage_reconcile.core.identity import EngineId
@@ -53,7 +54,7 @@ def _of_too_little(engine: EngineId, place: Placement, spec: EngineSpec, observe
         return
     if any(measured(spec, name, observed) is not None for name in names):
         return
-    known = footprint(shape, runtime_of(spec).serving(spec))
+    known = footprint(shape, replace(runtime_of(spec).serving(spec), full_sequences=1))
     weights, cache = known.bytes_of("weights"), known.bytes_of("kv_cache")
     needed = weights + cache + known.bytes_of("activations", "non_torch")
     if place.memory_bytes_per_device < needed:

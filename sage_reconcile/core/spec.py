@@ -187,7 +187,9 @@ class EngineSpec(Written):
         default=(), description="Further model names that clients may ask for."
     )
     max_concurrent_requests: Annotated[int, Field(ge=1, le=100_000)] = Field(
-        default=256, description="Requests that the router lets through to each replica at once."
+        default=256,
+        description="Requests that the router lets through to each replica at once. Where it is written, the KV cache "
+        "of vLLM and SGLang has room for as many of max_model_len; else for one.",
     )
     max_model_len: Annotated[int, Field(ge=1, le=100_000_000)] | None = Field(
         default=None, description="The longest context in tokens; unset leaves it to the model."

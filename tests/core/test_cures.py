@@ -58,6 +58,18 @@ def test_less_memory_is_offered_where_more_was_written_than_it_takes() -> None:
     assert fits(wants("chat/a", **given | {"gpu_memory": "38.5GiB"}), devices=(busy,))
 
 
+def test_fewer_sequences_at_once_are_offered() -> None:
+    many = {"model": LLAMA_8B, "max_model_len": 8192, "max_concurrent_requests": 64}
+    (device, *_) = SMALL
+
+    offered = cures(desired(wants("chat/a", **many)), device)
+
+    (most,) = [int(cure.split()[-1]) for cure in offered if cure.startswith("max_concurrent_requests <= ")]
+    assert 1 <= most < 64
+    assert fits(wants("chat/a", **many | {"max_concurrent_requests": most}), devices=(device,))
+    assert not fits(wants("chat/a", **many | {"max_concurrent_requests": most + 1}), devices=(device,))
+
+
 def test_a_shorter_context_and_more_devices_are_offered() -> None:
     """2026-11-25: neither was, and gpu_memory <= 22.9GiB was less than one sequence of the context takes."""
     long = {"model": LLAMA_8B, "max_model_len": 131072}

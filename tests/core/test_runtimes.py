@@ -472,6 +472,30 @@ def test_what_sage_alone_tells_is_refused_in_args_with_the_cure(runtime: str, ar
 
 
 @pytest.mark.parametrize(
+    ("runtime", "fields", "sequences"),
+    [
+        ("vllm", {}, 1),
+        ("vllm", {"max_concurrent_requests": 8}, 8),
+        ("vllm", {"max_concurrent_requests": 256}, 256),
+        ("vllm", {"max_concurrent_requests": 8, "args": ["--max-num-seqs", "4"]}, 4),
+        ("sglang", {"max_concurrent_requests": 8, "args": ["--max-running-requests=6"]}, 6),
+        # A text is not kept; and what llama.cpp is told, its slots share.
+        ("vllm", {"max_concurrent_requests": 8, "kind": "embedding"}, 1),
+        ("llama.cpp", {"max_concurrent_requests": 8, "model": "/m/a.gguf"}, 1),
+    ],
+)
+def test_the_cache_is_made_for_as_many_sequences_as_are_let_through(
+    runtime: str, fields: dict[str, Any], sequences: int
+) -> None:
+    written = {"name": "x", "model": "org/m", "runtime": runtime, "use_gpu": True, "max_model_len": 8192, **fields}
+    the_spec = EngineSpec.model_validate(written)
+    served = runtime_of(the_spec).serving(the_spec)
+    one = footprint(shape(10), replace(served, full_sequences=1)).bytes_of("kv_cache")
+
+    assert footprint(shape(10), served).bytes_of("kv_cache") == sequences * one
+
+
+@pytest.mark.parametrize(
     ("runtime", "argument", "full"),
     [
         ("vllm", "--gpu-memory-util", ["--gpu-memory-utilization"]),

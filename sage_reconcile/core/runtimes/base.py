@@ -144,6 +144,16 @@ def whole_number(words: tuple[str, ...], *names: str, default: int) -> int:
     return int(value) if value is not None and value.isascii() and value.isdigit() and len(value) < 10 else default
 
 
+def sequences_at_once(spec: EngineSpec, most: int) -> int:
+    """The sequences of full length for which a cache is made: as many as are written to be let through at once.
+
+    Where nobody wrote it, one: with that an engine starts, and others wait for their turn or are short.
+    """
+    if spec.kind != "llm" or "max_concurrent_requests" not in spec.model_fields_set:
+        return 1
+    return min(spec.max_concurrent_requests, most)
+
+
 def told_by_sage(spec: EngineSpec, options: tuple[str, ...], instead: str) -> tuple[tuple[str, str], ...]:
     """A complaint for each option in `args` that sage alone may tell."""
     # Parsers of Python programs take --max_model_len for --max-model-len.

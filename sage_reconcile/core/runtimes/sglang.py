@@ -20,6 +20,7 @@ from sage_reconcile.core.runtimes.base import (
     option,
     port_option,
     program_index,
+    sequences_at_once,
     told_by_fields,
     uncounted,
     whole_number,
@@ -126,13 +127,15 @@ def _most_tokens(spec: EngineSpec, shape: ModelShape | None, memory_bytes: int) 
 
 def _serving(spec: EngineSpec) -> Serving:
     words = spec.args
+    sequences = whole_number(words, "--max-running-requests", default=_SEQUENCES)
     return Serving(
         kind=spec.kind,
         runtime="sglang",
         tensor_parallel=spec.tensor_parallel,
         pipeline_parallel=spec.pipeline_parallel,
         max_model_len=spec.max_model_len,
-        max_num_seqs=whole_number(words, "--max-running-requests", default=_SEQUENCES),
+        max_num_seqs=sequences,
+        full_sequences=sequences_at_once(spec, sequences),
         max_num_batched_tokens=whole_number(
             words, "--max-prefill-tokens" if spec.kind == "embedding" else "--chunked-prefill-size",
             default=_BATCH_TOKENS,

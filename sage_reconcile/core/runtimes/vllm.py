@@ -15,6 +15,7 @@ from sage_reconcile.core.runtimes.base import (
     option,
     port_option,
     program_index,
+    sequences_at_once,
     told_by_fields,
     uncounted,
     whole_number,
@@ -107,13 +108,15 @@ def _batch(spec: EngineSpec, shape: ModelShape | None) -> list[str]:
 
 def _serving(spec: EngineSpec) -> Serving:
     words = spec.args
+    sequences = whole_number(words, "--max-num-seqs", "--max_num_seqs", default=_SEQUENCES)
     return Serving(
         kind=spec.kind,
         runtime="vllm",
         tensor_parallel=spec.tensor_parallel,
         pipeline_parallel=spec.pipeline_parallel,
         max_model_len=spec.max_model_len,
-        max_num_seqs=whole_number(words, "--max-num-seqs", "--max_num_seqs", default=_SEQUENCES),
+        max_num_seqs=sequences,
+        full_sequences=sequences_at_once(spec, sequences),
         max_num_batched_tokens=whole_number(
             words, "--max-num-batched-tokens", "--max_num_batched_tokens", default=_BATCH_TOKENS
         ),
