@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import io
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from typing import Any, NoReturn, TextIO
 import typer
 
 from sage_reconcile.cli import manifests, plans, serve, status
+from sage_reconcile.cli.streams import ensure_streams
 from sage_reconcile.errors import Environment, SageError
 from sage_reconcile.world.failpoints import refuse_outside_tests
 
@@ -57,7 +57,7 @@ class Terminated(BaseException):
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and leave with its exit code; errors.py says what each means."""
     signal.signal(signal.SIGTERM, _terminated)
-    _ensure_streams()
+    ensure_streams()
     code = _run(arguments)
     for stream in (sys.stdout, sys.stderr):
         code = _flushed(stream, code)
@@ -70,22 +70,8 @@ def _flushed(stream: TextIO, code: int) -> int:
         stream.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if error.errno != errno.EPIPE:  # A reader that has left, as `sage status | head -1` does, is no trouble.
-            return _told(f"error: cannot write: {error.strerror}", code or Environment.exit_code)
+        return _told(f"error: cannot write: {error.strerror}", code or Environment.exit_code)
     return code
-
-
-def _ensure_streams() -> None:
-    """Standard streams that were closed go nowhere, and letters that a stream's encoding lacks are escaped."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        if getattr(sys, name) is None:
-            opened = os.open(os.devnull, os.O_RDWR)
-            if opened != number:
-                os.dup2(opened, number)
-            setattr(sys, name, os.fdopen(number, mode))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -99,21 +85,26 @@ def _run(arguments: list[str] | None) -> int:
     except SageError as error:
         return _told(error.report(), error.exit_code)
     except _CliMistake as error:
-        return _told(f"error: {getattr(error, 'message', error)}\n  hint: see sage --help", USAGE)
+        return _told(f"error: {_cli_mistake(error)}", USAGE)
     except (KeyboardInterrupt, typer.Abort):
         return _told(_INTERRUPTED, INTERRUPTED)
     except Terminated:
         return _told("terminated: sage status says what runs", TERMINATED)
     except MemoryError:
         return _told("error: there is not enough memory for sage to work", Environment.exit_code)
-    except BrokenPipeError:
-        return 0
     except Exception as error:  # noqa: BLE001 - the edge: whatever is left is our own mistake, and no traceback is shown
         return _unexpected(error)
     if code == INTERRUPTED:
         # typer makes an exit code of a KeyboardInterrupt by itself, and says nothing.
         return _told(_INTERRUPTED, INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+def _cli_mistake(error: Exception) -> str:
+    """What is wrong with the command line, with the argument or option that is meant, and where to read on."""
+    told = getattr(error, "format_message", error.__str__)().rstrip(".")
+    context = getattr(error, "ctx", None)
+    return f"{told[:1].lower()}{told[1:]}\n  hint: see {context.command_path if context else 'sage'} --help"
 
 
 def _unexpected(error: Exception) -> int:

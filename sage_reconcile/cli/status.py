@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sage_reconcile.cli.options import Colour, Out, Paths, Project, chosen, paint_for, print_or_write, seconds_option
+from sage_reconcile.cli.streams import reader_left
 from sage_reconcile.errors import Environment
 
 _NOT_AS_WANTED = 2
@@ -63,9 +64,12 @@ def logs(
     end = end_of(path)
     for line in tail(path, lines, end=end):
         print(line)
+    sys.stdout.flush()
     for text in followed(path, end, pause=lambda: time.sleep(_FOLLOW_SECONDS)):
         sys.stdout.write(text)
         sys.stdout.flush()
+        if reader_left(sys.stdout):
+            return
 
 
 def wait(

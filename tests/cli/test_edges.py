@@ -1,5 +1,6 @@
 """Exit codes of mistakes on the command line, and streams that are closed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,12 +9,17 @@ from pathlib import Path
 import pytest
 
 
+def environment(place: Path) -> dict[str, str]:
+    return {**os.environ, "SAGE_STATE_DIR": str(place / "state"), "SAGE_LOCK_FILE": str(place / "lock")}
+
+
 def sage(place: Path, *words: str, shell: str = "") -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "SAGE_STATE_DIR": str(place / "state"), "SAGE_LOCK_FILE": str(place / "lock")}
     command = [sys.executable, "-m", "sage_reconcile", *words]
     if shell:
         command = ["/bin/sh", "-c", f'"$@" {shell}', "sh", *command]
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(
+        command, cwd=place, env=environment(place), capture_output=True, text=True, timeout=30, check=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,6 +51,89 @@ def test_a_closed_stream_makes_no_traceback(shell: str, tmp_path: Path) -> None:
     done = sage(tmp_path, "status", shell=shell)
     assert "Traceback" not in done.stderr
     assert "bug" not in done.stderr
+
+
+READER_LEFT = [
+    (("plan", "blocked"), 4),
+    (("plan", "blocked", "-o", "json"), 4),
+    (("plan", "empty"), 0),
+    (("apply", "-y", "blocked"), 4),
+    (("apply", "-y", "empty", "--allow-empty"), 0),
+    (("down", "-y", "empty"), 0),
+    (("validate", "blocked"), 0),
+    (("validate", "wrong"), 3),
+    (("validate", "wrong", "-o", "json"), 3),
+    (("schema",), 0),
+    (("status",), 0),
+    (("status", "-o", "json"), 0),
+    (("gpu",), 0),
+    (("gpu", "-o", "json"), 0),
+    (("why", "blocked:lab/chat", "blocked"), 0),
+    (("why", "blocked:lab/chat", "blocked", "-o", "json"), 0),
+    (("snapshot",), 0),
+    (("logs", "lab/chat"), 0),
+    (("plan", "--help"), 0),
+]
+
+
+@pytest.mark.parametrize(("words", "code"), READER_LEFT)
+def test_a_reader_that_has_left_changes_no_exit_code(words: tuple[str, ...], code: int, tmp_path: Path) -> None:
+    some_projects(tmp_path)
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(
+        [sys.executable, "-m", "sage_reconcile", *words],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    os.close(theirs)
+    assert done.returncode == code, done.stderr
+    assert "ipe" not in done.stderr
+
+
+def test_a_log_that_is_followed_ends_when_its_reader_leaves(tmp_path: Path) -> None:
+    some_projects(tmp_path)
+    command = [sys.executable, "-m", "sage_reconcile", "logs", "lab/chat", "-f"]
+    process = subprocess.Popen(command, env=environment(tmp_path), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "it begins\n"
+        process.stdout.close()
+        with (tmp_path / "state" / "blocked" / "logs" / "lab" / "chat.log").open("a") as log:
+            print("and goes on", file=log)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+
+
+def some_projects(place: Path) -> None:
+    """Manifests whose program is not there, that want nothing, and that are not valid; and a log."""
+    for name in ("blocked", "empty", "wrong"):
+        (place / name).mkdir()
+    chat = {"name": "chat", "model": "m", "runtime": "command", "command": ["/no/such", "{port}"], "use_gpu": False}
+    (place / "blocked" / "lab.yaml").write_text(json.dumps({"version": 1, "name": "lab", "engines": [chat]}))
+    (place / "wrong" / "lab.yaml").write_text("version: 2\n")
+    (place / "state" / "blocked" / "logs" / "lab").mkdir(parents=True)
+    (place / "state").chmod(0o700)
+    (place / "state" / "blocked" / "logs" / "lab" / "chat.log").write_text("it begins\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [(("why",), "ID|gpuN"), (("logs",), "ID"), (("wait",), "ID..."), (("logs", "x", "-n", "y"), "-n")],
+)
+def test_a_mistake_on_the_command_line_names_what_is_meant(
+    words: tuple[str, ...], missing: str, tmp_path: Path
+) -> None:
+    done = sage(tmp_path, *words)
+    first, hint = done.stderr.splitlines()
+    assert f"'{missing}'" in first
+    assert hint == f"  hint: see sage {words[0]} --help"
 
 
 def test_a_full_stdout_is_an_environment_error(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""The standard streams of a command: there whatever was closed, and quiet once their reader has left.
+
+`sage plan | head -1` is no trouble: the reader went away by its own will, so what is still written goes nowhere, and
+the command does what it was asked and ends with the exit code that is due.
+"""
+
+import io
+import os
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+
+class _Outlet(io.FileIO):
+    """A file descriptor that takes everything once nobody reads it any more."""
+
+    reader_left = False
+
+    def write(self, written: "ReadableBuffer", /) -> int:
+        try:
+            return super().write(written)
+        except BrokenPipeError:
+            self.reader_left = True
+            return memoryview(written).nbytes
+
+
+def ensure_streams() -> None:
+    """Standard streams that were closed go nowhere, and letters that a stream's encoding lacks are escaped."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+            setattr(sys, name, os.fdopen(number, mode))
+    sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
+
+
+def _tolerant(stream: TextIO) -> TextIO:
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Outlet(stream.fileno(), "w", closefd=False)),
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def reader_left(stream: TextIO) -> bool:
+    """Whether what was written last found nobody to read it."""
+    outlet = getattr(getattr(stream, "buffer", None), "raw", None)
+    return isinstance(outlet, _Outlet) and outlet.reader_left
