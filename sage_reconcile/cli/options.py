@@ -1,6 +1,7 @@
 """Options that several commands share, and where their output goes."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,8 @@ Observed = Annotated[
 ]
 Yes = Annotated[bool, typer.Option("-y", "--yes", "--auto-approve", help="Do not ask.")]
 
+_NUMBER = re.compile(r"\d{1,9}(?:\.\d{1,6})?", re.ASCII)
+
 
 def paint_for(colour: str, *, to_stderr: bool = False) -> Paint:
     """Colour for a terminal, unless NO_COLOR is set (https://no-color.org). Raises Usage."""
@@ -40,13 +43,13 @@ def chosen(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def seconds_option(name: str, value: str | None) -> float | None:
-    """A duration such as 30s; None stays None. Raises Usage."""
+    """A duration such as 30s, or a number of seconds, as in manifests; None stays None. Raises Usage."""
     from sage_reconcile.core.quantities import seconds_of
 
     if value is None:
         return None
     try:
-        return seconds_of(value)
+        return seconds_of(float(value) if _NUMBER.fullmatch(value) else value)
     except ValueError as error:
         raise Usage(f"{name}: {error}") from error
 

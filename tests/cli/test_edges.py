@@ -34,6 +34,8 @@ def sage(place: Path, *words: str, shell: str = "") -> "subprocess.CompletedProc
         ("plan", "-o", "xml"),
         ("plan", "--color", "red"),
         ("apply", "--timeout", "soon"),
+        ("apply", "--timeout", "-5"),
+        ("apply", "--timeout", "99999999"),
         ("apply", "--on-failure", "cry"),
         ("plan",),
         ("status", "no/such"),
@@ -156,6 +158,13 @@ def test_an_empty_directory_is_valid_and_applying_it_is_refused(tmp_path: Path) 
     assert sage(tmp_path, "validate", "lab").returncode == 0
     assert sage(tmp_path, "apply", "-y", "lab").returncode == 10
     assert sage(tmp_path, "apply", "-y", "lab", "--allow-empty").returncode == 0
+
+
+@pytest.mark.parametrize("duration", ["5", "0.5", "30s", "1m30s"])
+def test_a_duration_may_be_a_number_of_seconds(duration: str, tmp_path: Path) -> None:
+    (tmp_path / "lab").mkdir()
+    words = ("--timeout", duration, "--lock-timeout", duration)
+    assert sage(tmp_path, "apply", "-y", "lab", "--allow-empty", *words).returncode == 0
 
 
 def test_the_state_of_others_is_refused(tmp_path: Path) -> None:
