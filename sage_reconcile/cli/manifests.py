@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sage_reconcile.cli.options import Observed, Out, Paths, Project, chosen, print_or_write
+from sage_reconcile.errors import InvalidManifests, Refused, SageError
 
 if TYPE_CHECKING:
     from sage_reconcile.core.desired import DesiredState
-    from sage_reconcile.world.manifest_problems import ProblemsFound
 
 
 def validate(
@@ -19,8 +19,6 @@ def validate(
     observed: Observed = None,
 ) -> None:
     """Check manifests without looking at the machine; with --observed, also whether all has a place there."""
-    from sage_reconcile.world.manifest_problems import ProblemsFound
-
     chosen("-o", output, ("text", "json", "github"))
     try:
         if observed is not None:
@@ -29,12 +27,14 @@ def validate(
         from sage_reconcile.app.project import load
 
         desired = load(tuple(paths or ()), project)
-    except ProblemsFound as found:
+    except (InvalidManifests, Refused) as error:
+        problems = _problems(error, observed or (paths or [""])[0])
         if output == "json":
-            print(json.dumps({"format_version": "1.0", "valid": False, "problems": _problems(found)}, indent=2))
+            print(json.dumps({"format_version": "1.0", "valid": False, "problems": problems}, indent=2))
         elif output == "github":
-            for problem in _problems(found):
-                print(_annotation(problem["file"], problem["line"], problem["column"], problem["message"]))
+            for problem in problems:
+                text = problem["message"] + (f"\nhint: {problem['hint']}" if problem["hint"] else "")
+                print(_annotation(problem["file"], problem["line"], problem["column"], text))
         raise
     if output == "json":
         print(json.dumps({"format_version": "1.0", "valid": True, "problems": []}, indent=2))
@@ -48,7 +48,7 @@ def _validate_there(paths: tuple[str, ...], project: str | None, output: str, fi
     from sage_reconcile.cli.outcome import blocked_error
     from sage_reconcile.core.plan import PlanOptions
     from sage_reconcile.render.plan_json import timestamp, validation_json
-    from sage_reconcile.render.plan_text import blocked_lines, blocked_sentence
+    from sage_reconcile.render.plan_text import blocked_lines, blocked_text
 
     planned = snapshots.plan(paths, file, project=project, options=PlanOptions(only_shown=True))
     plan, seen = planned.plan, planned.observed
@@ -57,7 +57,7 @@ def _validate_there(paths: tuple[str, ...], project: str | None, output: str, fi
     elif output == "github":
         for blocked in plan.blocked:
             place, line, column = (blocked.at or "::").rsplit(":", 2)
-            print(_annotation(place, line, column, blocked_sentence(blocked)))
+            print(_annotation(place, line, column, blocked_text(blocked)))
     else:
         print(_valid(planned.desired))
         lines = [line for one in plan.blocked for line in blocked_lines(one, kept=one.engine in plan.kept)]
@@ -72,11 +72,21 @@ def _valid(desired: "DesiredState") -> str:
 
 
 def _annotation(file: str, line: object, column: object, message: str) -> str:
-    """A line that GitHub shows beside the line of the file."""
-    return f"::error file={file},line={line},col={column}::{message.replace('%', '%25')}"
+    """A line that GitHub shows beside the line of the file; the escapes are those of its workflow commands."""
+    place = _escaped(file).replace(":", "%3A").replace(",", "%2C")
+    return f"::error file={place},line={line},col={column}::{_escaped(message)}"
 
 
-def _problems(found: "ProblemsFound") -> list[dict[str, Any]]:
+def _escaped(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _problems(error: SageError, file: str) -> list[dict[str, Any]]:
+    """What is wrong with the manifests, each mistake at its place; else what is wrong with `file`."""
+    from sage_reconcile.world.manifest_problems import ProblemsFound
+
+    if not isinstance(error, ProblemsFound):
+        return [{"file": file, "line": 1, "column": 1, "message": error.message, "hint": error.hint}]
     return [
         {
             "file": problem.file,
@@ -85,7 +95,7 @@ def _problems(found: "ProblemsFound") -> list[dict[str, Any]]:
             "message": problem.message,
             "hint": problem.hint,
         }
-        for problem in found.problems
+        for problem in error.problems
     ]
 
 

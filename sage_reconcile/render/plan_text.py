@@ -164,11 +164,23 @@ def blocked_lines(blocked: Blocked, *, kept: bool, paint: Paint = PLAIN) -> list
     lines = flowed([*head, f"  {blocked.at}"] if blocked.at else head, indent=_CONTINUED)
     lines += [line for device in blocked.devices for line in shortfall_lines(device)]
     if blocked.would_help:
-        verb = "would fit with" if blocked.devices else "would help"
         first, *others = [f"{cure} | " for cure in blocked.would_help[:-1]] + [blocked.would_help[-1]]
+        verb = _helps(blocked)
         cures = words(first, before=f"  {verb}: ") if not others else [f"  {verb}: {first}", *others]
         lines += flowed(cures, indent=_CONTINUED)
     return lines
+
+
+def _helps(blocked: Blocked) -> str:
+    return "would fit with" if blocked.devices else "would help"
+
+
+def blocked_text(blocked: Blocked) -> str:
+    """A refusal with its numbers and cures, for a reader whose lines are of any width."""
+    lines = [blocked_sentence(blocked)]
+    lines += [line.strip() for device in blocked.devices for line in shortfall_lines(device)]
+    lines += [f"{_helps(blocked)}: {' | '.join(blocked.would_help)}"] if blocked.would_help else []
+    return "\n".join(lines)
 
 
 def shortfall_lines(device: Shortfall, *, fits: str = "fits") -> list[str]:

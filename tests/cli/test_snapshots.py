@@ -283,6 +283,35 @@ def test_validate_is_4_for_what_has_no_place_and_names_its_line(
     assert [(one["engine"], one["reason"]) for one in answer["blocked"]] == [("lab/chat", "memory")]
     code, out, _ = sage(capsys, "validate", manifests, "--observed", file, "-o", "github")
     assert code == 4 and out.startswith(f"::error file={manifests}/lab.yaml,line=5,col=5::cannot place lab/chat")
+    # One line, in which GitHub shows %0A as a line break: what is missing where, and what would help.
+    assert out.count("\n") == 1 and "%0Agpu0  free " in out and "held by foreign pid 4242" in out
+    assert "%0Awould fit with: gpu_memory <= " in out
+
+
+def test_an_annotation_says_that_a_new_snapshot_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, manifests = recorded(tmp_path / "s.json"), lab(tmp_path, f"{MANIFEST}  - {{name: x, model: acme/new-7b}}\n")
+    code, out, _ = sage(capsys, "validate", manifests, "--observed", file, "-o", "github")
+    assert code == 11 and "%0Awould help: a new snapshot, taken with these manifests" in out
+
+
+@pytest.mark.parametrize(("source", "code"), [(None, 3), ("/else", 10)], ids=["no snapshot", "another source"])
+def test_a_program_is_told_what_hinders_a_validation(
+    source: str | None, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, manifests = str(tmp_path / "a,b.json"), lab(tmp_path)
+    seen = machine(h100(0), engines=(on_gpu("lab/chat", 8001, 10, 0, gib=9),))
+    whole = snapshot_json(Snapshot(observed=seen, manifests=ManifestsPlace(source=source or "", home="/")))
+    Path(file).write_text(whole if source else "[]")
+    ended, out, err = sage(capsys, "validate", manifests, "--observed", file, "-o", "json")
+    answer = json.loads(out)
+    (problem,) = answer["problems"]
+    assert (ended, answer["valid"], problem["file"]) == (code, False, file)
+    assert f"error: {problem['message']}\n  hint: {problem['hint']}" in err
+    ended, out, _ = sage(capsys, "validate", manifests, "--observed", file, "-o", "github")
+    place = file.replace(",", "%2C")
+    assert (ended, out) == (
+        code, f"::error file={place},line=1,col=1::{problem['message']}%0Ahint: {problem['hint']}\n"
+    )  # fmt: skip
 
 
 def test_validate_is_3_for_invalid_manifests_whatever_the_machine(
