@@ -92,9 +92,11 @@ def out_of_the_question(wanted: Wanted, observed: ObservedState, *, made_up_will
         return Refusal(reason="device_pin", why=f"it ran on {', '.join(map(str, missing))}, which is not seen any more")
     if missing and len(names or ()) - len(missing) < device_count(wanted.spec):
         there = ", ".join(f"{device.index} ({device.uuid})" for device in observed.devices)
+        begins = any(device.uuid.startswith(name) for device in observed.devices for name in map(str, missing))
+        in_full = ": a UUID is written in full" if begins else ""
         return Refusal(
             reason="device_pin",
-            why=f"it is pinned to {', '.join(_device_name(name) for name in missing)}, which is not there",
+            why=f"it is pinned to {', '.join(_device_name(name) for name in missing)}, which is not there{in_full}",
             would_help=(f"devices: from {there}", "no devices: any will do"),
         )
     return None
@@ -191,7 +193,7 @@ def _would_help(
             found.append(f"without {called(engine.id, puzzle.desired.project)}")
     if puzzle.desired.reserve_bytes:
         relaxed = replace(quick, desired=replace(puzzle.desired, reserve_bytes=0))
-        found += ["device_reserve: none"] if _helps(relaxed, candidate, packing) else []
+        found += ["no device_reserve"] if _helps(relaxed, candidate, packing) else []
     return tuple(found)
 
 

@@ -18,6 +18,7 @@ _BYTES_PER_UNIT = {
 _SECONDS_PER_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s?([KMGT]i?B|B)", re.ASCII)
+_NEARLY_A_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt](?:i?b?)|%|)", re.ASCII | re.IGNORECASE)
 _DURATION_PART = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)(ms|s|m|h|d)", re.ASCII)
 
 # Ports below 1024 need a privilege that engines do not get.
@@ -40,6 +41,27 @@ def bytes_of(text: str) -> int:
     if amount < 1:
         raise ValueError(f'"{text}" is no memory at all')
     return int(amount)
+
+
+def size_meant(text: str, *, or_fraction: bool) -> str:
+    """What to write for a size, or a fraction where one may stand, that misses its unit or spells it otherwise.
+
+    Empty when nobody can tell, or when it is nothing.
+
+    >>> size_meant("40gib", or_fraction=False), size_meant("70%", or_fraction=True), size_meant("16", or_fraction=True)
+    ('"40GiB"', '0.7', '"16GiB"')
+    """
+    found = _NEARLY_A_SIZE.fullmatch(text.strip())
+    if found is None or float(found[1]) == 0:
+        return ""
+    amount, unit = found[1], found[2].lower()
+    if unit == "%":
+        return f"{float(amount) / 100:g}" if or_fraction and float(amount) <= 100 else ""
+    if unit:
+        return f'"{amount}{unit[0].upper()}{"B" if unit[1:] == "b" else "iB"}"'
+    if float(amount) < 1:
+        return amount if or_fraction else ""
+    return f'"{amount}GiB"'
 
 
 def size_text(size: int) -> str:

@@ -75,11 +75,21 @@ def _version(value: object) -> object:
 def _memory(value: object) -> object:
     if isinstance(value, str) and value != "auto":
         return f"{bytes_of(value)}B"
+    if isinstance(value, bool):
+        raise ValueError('must be "auto", a size such as "24GiB", or a fraction such as 0.85')
+    if isinstance(value, int | float) and value <= 0:
+        raise ValueError(f"{value} is no memory at all")
     if isinstance(value, int):
         raise ValueError(f'{value} has no unit; write "{value}GiB", or a fraction of the device such as 0.85')
-    if isinstance(value, float) and not 0 < value <= 1:
-        raise ValueError(f"{value} is not a fraction of the device between 0 and 1; a size needs a unit: 24GiB")
+    if isinstance(value, float) and not value <= 1:
+        raise ValueError(f'{value} is not a fraction of the device between 0 and 1; a size has a unit: "{value}GiB"')
     return value
+
+
+def _size(value: object) -> object:
+    if value is None or isinstance(value, str):
+        return value if value is None else f"{bytes_of(value)}B"
+    raise ValueError('must be a size such as "2GiB"')
 
 
 def _pool(value: object) -> object:
@@ -179,7 +189,7 @@ class EngineSpec(Written):
         default=None, description="The older way to write gpu_memory, in GiB."
     )
     devices: Annotated[tuple[int | str, ...], Field(strict=False, min_length=1, max_length=64)] | None = Field(
-        default=None, description="Pins the engine to these GPUs, by index or UUID."
+        default=None, description="Pins the engine to these GPUs, by index, or by UUID in full."
     )
     port: PortOrAuto = Field(default="auto", description="A TCP port, or auto: one from the pool of its kind.")
     label: Text | None = Field(default=None, description="A name for display.")
@@ -253,7 +263,7 @@ class ProjectSettings(Written):
 
     project: Name | None = Field(default=None, description="The project's name; unset: the directory's.")
     ports: PortPools = Field(default=PortPools(), description="The ports to choose from.")
-    device_reserve: Annotated[str, BeforeValidator(_memory)] | None = Field(
+    device_reserve: Annotated[str, BeforeValidator(_size)] | None = Field(
         default=None, description="Memory to keep free on each device."
     )
     ask_hub: bool = Field(

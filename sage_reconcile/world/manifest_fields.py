@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from sage_reconcile.core.quantities import HIGHEST_PORT, LOWEST_PORT
+from sage_reconcile.core.quantities import HIGHEST_PORT, LOWEST_PORT, size_meant
 from sage_reconcile.core.spec import EngineSpec, ProjectSettings, Stack, not_served_yet
 from sage_reconcile.world.manifest_problems import Mark, Problem, cut, shown
 from sage_reconcile.world.yaml_scan import MOST_PROBLEMS, Broken, Document, Path
@@ -33,6 +33,9 @@ _WANTED_BY_FIELD = {
     "drain": 'a duration such as "30s" or "5m"',
     "grace": 'a duration such as "30s" or "5m"',
 }
+# Fields that are sizes, and whether a fraction may stand there too.
+_SIZES = {"gpu_memory": True, "device_reserve": False}
+_NO_MEMORY = ("0", "0.0", "0b", "0gib", "0mib", "0gb", "none", "no", "off", "null", "")
 _WANTED_BY_FIELD["project"] = _WANTED_BY_FIELD["name"]
 _WANTED_BY_TYPE = {
     "string": "a text",
@@ -45,6 +48,7 @@ _WANTED_BY_TYPE = {
     "model": "a mapping",
 }
 _LIMITS = {"greater_than_equal": "at least", "greater_than": "more than", "less_than_equal": "at most"}
+_DEVICE_INDEX = re.compile(r"(?:gpu)?\s?(\d{1,3})", re.ASCII | re.IGNORECASE)
 _BOOLEAN_WORDS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 _NUMBER = re.compile(r"[-+]?[0-9]{1,18}(?:\.[0-9]{1,18})?", re.ASCII)
 
@@ -172,7 +176,15 @@ def _wrong_type(path: Path, field: str, value: Any, kind: str) -> tuple[str, str
         wanted = _WANTED_BY_FIELD.get(_last_name(path), wanted) if kind != "model_type" else wanted
     elif path[0] == "devices":
         wanted = "a GPU's index or UUID"
+    if kind == "tuple_type" and _last_name(path) == "devices" and isinstance(value, int | str):
+        return f"{field} must be {wanted}, not {shown(value)}", f"write a list: [{device_index(value) or value}]"
     return f"{field} must be {wanted}, not {shown(value)}", _type_hint(kind, value)
+
+
+def device_index(written: int | str) -> str:
+    """The index in what a person may write for a GPU: "0" for 0, "0" and "gpu0"; "" where there is none."""
+    found = _DEVICE_INDEX.fullmatch(str(written))
+    return found[1] if found is not None else ""
 
 
 def _type_hint(kind: str, value: Any) -> str | None:
@@ -220,10 +232,22 @@ def _refused(fields: Fields, path: Path, value: Any, why: str) -> Problem:
     if isinstance(value, str) and len(value) > len(cut(value)):
         why = why.replace(value, cut(value))
     field = fields.name(path)
+    hint = _size_hint(_last_name(path), value) if _last_name(path) in _SIZES else _type_hint("value_error", value)
     if not why.startswith("must "):
-        return fields.problem(path, f"{field}: {why}", _type_hint("value_error", value))
+        return fields.problem(path, f"{field}: {why}", hint)
     told = f", not {shown(value)}" if why.startswith("must be ") else ""
-    return fields.problem(path, f"{field} {why}{told}", _type_hint("value_error", value))
+    return fields.problem(path, f"{field} {why}{told}", hint)
+
+
+def _size_hint(field: str, value: Any) -> str | None:
+    """The size or the fraction that was meant, in a spelling that is taken."""
+    text = str(value)
+    meant = size_meant(text, or_fraction=_SIZES[field])
+    if meant:
+        return f"write {meant} without quotes" if isinstance(value, str) and meant == text else f"write {meant}"
+    if not isinstance(value, bool) and text.lower() in _NO_MEMORY:
+        return f"leave {field} out: {'it is computed then' if _SIZES[field] else 'nothing is kept free then'}"
+    return None
 
 
 def _limit(kind: str, context: Mapping[str, Any]) -> str | None:

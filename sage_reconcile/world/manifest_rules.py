@@ -20,7 +20,7 @@ from sage_reconcile.core.spec import (
     served_model,
     written_fields,
 )
-from sage_reconcile.world.manifest_fields import Fields
+from sage_reconcile.world.manifest_fields import Fields, device_index
 from sage_reconcile.world.manifest_problems import Problem, cut
 from sage_reconcile.world.yaml_scan import MOST_PROBLEMS, Path
 
@@ -110,6 +110,9 @@ def _gpu_problems(entry: Entry) -> Iterator[Problem]:
     for index, device in enumerate(spec.devices or ()):
         if isinstance(device, int) and device < 0:
             yield fields.problem(("devices", index), f"{device} is not the index of a GPU", "indexes start at 0")
+        if isinstance(device, str) and (number := device_index(device)):
+            message = f'"{cut(device)}" is not the UUID of a GPU'
+            yield fields.problem(("devices", index), message, f"write {number} without quotes for the index of one")
         if device in (spec.devices or ())[:index]:
             yield fields.problem(("devices", index), f"the device {device} is named twice", "name it once")
     if needs_gpu(spec):

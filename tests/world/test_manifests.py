@@ -107,14 +107,69 @@ def test_a_report_shows_the_line_a_caret_and_the_cure(tmp_path: Path, monkeypatc
         ("args: [8000]", "put it in quotes"),
         ("args:", "leave the field out to get its default"),
         ("restart: {policy: never}", "remove it: this version of sage would not act on it"),
+        ("devices: ['0']", "write 0 without quotes for the index of one"),
+        ("devices: [gpu1]", "write 1 without quotes for the index of one"),
+        ("devices: 0", "write a list: [0]"),
+        ("devices: gpu0", "write a list: [0]"),
+        ("devices: GPU-5b8f", "write a list: [GPU-5b8f]"),
+        ("gpu_memory: '0.7'", "write 0.7 without quotes"),
+        ("gpu_memory: '70%'", "write 0.7"),
+        ("gpu_memory: 40G", 'write "40GiB"'),
+        ("gpu_memory: 40gib", 'write "40GiB"'),
+        ("gpu_memory: 40 gb", 'write "40GB"'),
+        ("gpu_memory: '40'", 'write "40GiB"'),
+        ("gpu_memory: 40", 'write "40GiB"'),
+        ("gpu_memory: 1.5", 'write "1.5GiB"'),
+        ("gpu_memory: 0", "leave gpu_memory out: it is computed then"),
+        ("gpu_memory: 0GiB", "leave gpu_memory out: it is computed then"),
+        ("gpu_memory: -1", None),
+        ("gpu_memory: true", None),
+        ("gpu_memory: lots", None),
         ("depends_on: [chart]", "write NAME for an engine of this stack, or STACK/NAME"),
     ],
 )
-def test_a_problem_brings_its_cure(line: str, hint: str, tmp_path: Path) -> None:
+def test_a_problem_brings_its_cure(line: str, hint: str | None, tmp_path: Path) -> None:
     with pytest.raises(ProblemsFound) as raised:
         only(tmp_path, engine(line))
 
     assert [problem.hint for problem in raised.value.problems] == [hint]
+
+
+@pytest.mark.parametrize(
+    ("written", "hint"),
+    [
+        ("none", "leave device_reserve out: nothing is kept free then"),
+        ("0", "leave device_reserve out: nothing is kept free then"),
+        ("0GiB", "leave device_reserve out: nothing is kept free then"),
+        ("2", 'write "2GiB"'),
+        ("2g", 'write "2GiB"'),
+        ("0.1", None),
+        ("'0.1'", None),
+        ("10%", None),
+        ("auto", None),
+        ("true", None),
+    ],
+)
+def test_a_reserve_is_a_size_and_nothing_else(written: str, hint: str | None, tmp_path: Path) -> None:
+    files = {"a.yaml": engine(), "sage.yaml": f"device_reserve: {written}\n"}
+
+    with pytest.raises(ProblemsFound) as raised:
+        loaded(project(tmp_path, files))
+
+    (problem,) = raised.value.problems
+    assert problem.message.startswith("device_reserve")
+    assert "size" in problem.message or "no memory at all" in problem.message
+    assert problem.hint == hint
+
+
+@pytest.mark.parametrize("written", ["40gib", "'70%'", "'0.7'", "40G", "40", "'16'", "1.5", "70 %"])
+def test_a_size_as_its_hint_writes_it_is_valid(written: str, tmp_path: Path) -> None:
+    with pytest.raises(ProblemsFound) as raised:
+        only(tmp_path, engine(f"gpu_memory: {written}"))
+    (problem,) = raised.value.problems
+    cure = (problem.hint or "").removeprefix("write ").removesuffix(" without quotes")
+
+    only(tmp_path / "again", engine(f"gpu_memory: {cure}"))
 
 
 def test_all_mistakes_of_all_files_are_told_at_once(tmp_path: Path) -> None:
