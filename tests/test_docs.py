@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 from typer.main import get_command
@@ -24,9 +25,24 @@ def field_table() -> str:
     for name, field in EngineSpec.model_fields.items():
         default = "required" if field.is_required() else shown(field.get_default(call_default_factory=True))
         refused = any(path == (name,) for path, _ in not_served_yet({name: "x"}))
-        later = " *Not served yet: refused.*" if refused else ""
+        later = " *Not served yet: refused.*" if refused else not_served_values(name, field.annotation)
         rows.append(f"| `{name}` | {default} | {(field.description or '').replace('|', chr(92) + '|')}{later} |")
     return "\n".join(rows)
+
+
+def not_served_values(name: str, kind: object) -> str:
+    """The words that a field, or one below it, may be, and that are refused."""
+    if get_origin(kind) is Literal:
+        words = [word for word in get_args(kind) if not_served_yet({name: word})]
+    else:
+        below = getattr(kind, "model_fields", {})
+        words = [
+            f"{one}: {word}"
+            for one, field in below.items()
+            for word in get_args(field.annotation)
+            if not_served_yet({name: {one: word}}) and not not_served_yet({name: {}})
+        ]
+    return f" *Not served yet: {', '.join(words)}.*" if words else ""
 
 
 def shown(default: object) -> str:
@@ -123,3 +139,8 @@ def test_help_takes_hardly_longer_than_typer_itself(tmp_path: Path) -> None:
 def _children_cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+if __name__ == "__main__":
+    written = FIELDS.read_text(encoding="utf-8")
+    FIELDS.write_text(re.sub(r"\| field \|.*?\n(?=\n)", lambda _: field_table() + "\n", written, flags=re.DOTALL))

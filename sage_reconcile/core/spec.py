@@ -7,13 +7,14 @@ Must not know: files, positions in files (world/manifests adds those), or what r
 import json
 import posixpath
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from sage_reconcile.core.quantities import HIGHEST_PORT, LOWEST_PORT, bytes_of, ports_of, seconds_of
 
 Kind = Literal["llm", "embedding", "rerank"]
+Strategy = Literal["auto", "surge", "recreate"]
 RuntimeName = Literal["auto", "vllm", "sglang", "llama.cpp", "infinity", "tei", "command"]
 
 # Every string of the child's environment must stay below the kernel's 128 KiB (MAX_ARG_STRLEN, execve(2)), and the
@@ -147,7 +148,7 @@ class Restart(Written):
 class Update(Written):
     """How a running engine is replaced and stopped."""
 
-    strategy: Literal["auto", "surge", "recreate"] = Field(
+    strategy: Strategy = Field(
         default="auto", description="surge starts the new before the old stops; recreate stops first; auto chooses."
     )
     drain: Seconds = Field(default=30.0, description="How long running requests may finish before a stop, e.g. 30s.")
@@ -289,6 +290,7 @@ _VALUES_NOT_SERVED_YET = {
     ("runtime",): ("tei",),
     ("update", "strategy"): ("surge",),
 }
+_CHOICES = {("kind",): Kind, ("runtime",): RuntimeName, ("update", "strategy"): Strategy}
 _SETTINGS_NOT_SERVED_YET = (("guards",), ("router", "keys_file"))
 
 
@@ -301,6 +303,12 @@ def not_served_yet(engine: Mapping[str, Any]) -> tuple[tuple[tuple[str, ...], st
         if _at(engine, path) in refused
     ]
     return tuple(fields + values)
+
+
+def served_values(path: tuple[str, ...]) -> tuple[str, ...]:
+    """The words that such a field of an engine may be and that this version acts on; none when it takes any text."""
+    refused = _VALUES_NOT_SERVED_YET.get(path, ())
+    return tuple(word for word in get_args(_CHOICES.get(path)) if word not in refused)
 
 
 def settings_not_served_yet(settings: Mapping[str, Any]) -> tuple[tuple[tuple[str, ...], str], ...]:

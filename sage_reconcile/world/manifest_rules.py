@@ -18,6 +18,7 @@ from sage_reconcile.core.spec import (
     needs_gpu,
     not_served_yet,
     served_model,
+    served_values,
     written_fields,
 )
 from sage_reconcile.world.manifest_fields import Fields, device_index
@@ -66,7 +67,8 @@ def engine_problems(entry: Entry) -> Iterator[Problem]:
 def not_served_problems(fields: Fields) -> Iterator[Problem]:
     """The parts of an engine that this version does not act on."""
     for path, sentence in not_served_yet(fields.values):
-        yield fields.problem(path, sentence, NOT_SERVED_HINT)
+        others = served_values(path)
+        yield fields.problem(path, sentence, f"write {_or(others)}" if others else NOT_SERVED_HINT)
 
 
 def project_problems(
@@ -132,7 +134,19 @@ def _runtime_problems(entry: Entry) -> Iterator[Problem]:
     """What the program behind the engine could not do with it; a wish that is not served yet is told as that alone."""
     if is_served(entry.spec) and not not_served_yet(entry.fields.values):
         for field, sentence in runtime_of(entry.spec).complaints(entry.spec):
-            yield entry.fields.problem((field,), sentence, "remove it, or choose another runtime")
+            cure = f"write kind: {_or(_kinds_of_its_runtime(entry.spec))}" if field == "kind" else "remove it"
+            yield entry.fields.problem((field,), sentence, f"{cure}, or choose another runtime")
+
+
+def _kinds_of_its_runtime(spec: EngineSpec) -> tuple[str, ...]:
+    """What the program behind it could serve."""
+    complaints = runtime_of(spec).complaints
+    asked = {kind: complaints(spec.model_copy(update={"kind": kind})) for kind in served_values(("kind",))}
+    return tuple(kind for kind, found in asked.items() if all(field != "kind" for field, _ in found))
+
+
+def _or(words: tuple[str, ...]) -> str:
+    return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def secret_problems(fields: Fields) -> Iterator[Problem]:

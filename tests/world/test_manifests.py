@@ -125,6 +125,10 @@ def test_a_report_shows_the_line_a_caret_and_the_cure(tmp_path: Path, monkeypatc
         ("gpu_memory: -1", None),
         ("gpu_memory: true", None),
         ("gpu_memory: lots", None),
+        ("kind: rerank", "write llm or embedding"),
+        ("runtime: tei", "write auto, vllm, sglang, llama.cpp, infinity or command"),
+        ("update: {strategy: surge}", "write auto or recreate"),
+        ("runtime: infinity", "write kind: embedding, or choose another runtime"),
         ("depends_on: [chart]", "write NAME for an engine of this stack, or STACK/NAME"),
     ],
 )
