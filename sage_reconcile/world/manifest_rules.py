@@ -95,9 +95,22 @@ def _command_problems(entry: Entry) -> Iterator[Problem]:
         return
     if spec.runtime != "command":
         yield fields.problem(("command",), "command has no effect without runtime: command", "set runtime: command")
-    if not spec.command or not spec.command[0].strip():
+    elif not spec.command or not spec.command[0].strip():
         yield fields.problem(("command",), "command is empty", "write `command: [program, argument]`")
-    for index, argument in enumerate(spec.command):
+    elif spec.port == "auto" and _placeholders((*spec.command, *spec.args)) <= set(_PLACEHOLDERS) - {"port"}:
+        message = "the program cannot know its port: sage chooses one, and no word of the command is {port}"
+        hint = "write {port} where the program takes it, or `port: N` when it listens on N by itself"
+        yield fields.problem(("command",), message, hint)
+    yield from _placeholder_problems(spec.command, fields)
+
+
+def _placeholders(words: tuple[str, ...]) -> set[str]:
+    """What stands in braces, right or wrong; doubled braces do not count."""
+    return {found[1] for word in words for found in _BRACES.finditer(word) if found[1] is not None}
+
+
+def _placeholder_problems(command: tuple[str, ...], fields: Fields) -> Iterator[Problem]:
+    for index, argument in enumerate(command):
         for found in _BRACES.finditer(argument):
             if found[0] in ("{{", "}}") or found[1] in _PLACEHOLDERS:
                 continue

@@ -344,6 +344,18 @@ def test_a_command_may_hold_placeholders_and_doubled_braces(tmp_path: Path) -> N
     assert wanted.spec.command == ("serve", "{port}", '{{"a": {memory_bytes}}}')
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("command: [serve, '--listen={host}:{port}']",),
+        ("command: [serve]", "args: [--port, '{port}']"),
+        ("command: [serve]", "port: 9000"),
+    ],
+)
+def test_a_command_is_told_its_port_or_has_one_of_its_own(lines: tuple[str, ...], tmp_path: Path) -> None:
+    assert only(tmp_path, engine("runtime: command", *lines)).spec.runtime == "command"
+
+
 def test_model_paths_become_absolute_and_hub_ids_stay(tmp_path: Path) -> None:
     models = ("./m.gguf", "../m", "~/m.gguf", "/abs/m", "m.gguf", "org/model")
     engines = "".join(f"  - {{name: e{i}, model: {model}}}\n" for i, model in enumerate(models))
