@@ -21,10 +21,11 @@ from sage_reconcile.errors import (
     SageError,
 )
 from sage_reconcile.render.apply_text import (
-    RESULTS,
     converged_line,
     down_text,
     ended_lines,
+    restoring_line,
+    result_text,
     running_line,
     tasks_of,
     unended,
@@ -74,7 +75,8 @@ def finish(outcome: Outcome, paint: Paint) -> None:
     failures = outcome.failures + outcome.restore_failures
     if any(failure.environment for failure in failures):
         raise _environment_error(outcome)
-    message = "; ".join(filter(None, (f"{RESULTS[outcome.result]}: {_because(failures)}", _down(outcome))))
+    result = result_text(outcome.result, ran_before=outcome.ran_before)
+    message = "; ".join(filter(None, (f"{result}: {_because(failures)}", _down(outcome))))
     if any(failure.unseen for failure in failures):
         raise ObservationIncomplete(message, hint="sage gpu shows what the driver tells; sage status what runs")
     if outcome.result == "restored":
@@ -89,7 +91,8 @@ def _environment_error(outcome: Outcome) -> Environment:
     hint = "is the disk full or read-only?"
     if outcome.down:
         hint += " Once it can be written again, the next sage apply starts what is down"
-    return Environment(f"{unwritten_result(outcome.result)}: {why}", hint=hint)
+    result = unwritten_result(outcome.result, ran_before=outcome.ran_before)
+    return Environment(f"{result}: {why}", hint=hint)
 
 
 def _down(outcome: Outcome) -> str:
@@ -147,7 +150,7 @@ class Conversation:
     def _restore(self, plan: Plan) -> None:
         with contextlib.suppress(OSError):
             self._erase()
-            print(self.live_paint("yellow", "  the apply failed: putting back what ran before"), file=sys.stderr)
+            print(self.live_paint("yellow", restoring_line(plan)), file=sys.stderr)
             sys.stderr.flush()
         known = self._plan.notes if self._plan is not None else ()
         for sentence in plan.notes:

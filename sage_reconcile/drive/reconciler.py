@@ -51,6 +51,8 @@ class Outcome:
     stop_signal: int = 0
     # Why something could not be written down, be it the end of what converged; empty when all could.
     unwritten: str = ""
+    # Whether anything of the project ran before.
+    ran_before: bool = True
     # Of what ran before and runs no more, unless it converged: what is still wanted, and what the plan was to stop.
     down: tuple[EngineId, ...] = ()
     stopped: tuple[EngineId, ...] = ()
@@ -189,6 +191,7 @@ def _with_what_is_down(
     touched = {act.engine for act in plan.acts}
     return replace(
         outcome,
+        ran_before=bool(ran),
         down=tuple(engine for engine in down if engine in wanted),
         stopped=tuple(engine for engine in down if engine in touched - wanted),
     )

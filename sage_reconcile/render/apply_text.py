@@ -55,7 +55,7 @@ def ended_lines(
             return [f"  {paint('green', 'ready')}    {task.engine}  pid {task.leader.pid}  {took}"]
 
 
-RESULTS: Mapping[str, str] = {
+_RESULTS: Mapping[str, str] = {
     "converged": "applied",
     "restored": "the apply failed, and what ran before runs again",
     "stuck": "the apply failed, and not everything could be put back",
@@ -64,15 +64,31 @@ RESULTS: Mapping[str, str] = {
 }
 
 
+def result_text(result: str, *, ran_before: bool) -> str:
+    """What came of an apply; `ran_before` is whether there was anything to put back."""
+    if result == "restored" and not ran_before:
+        return "the apply failed, and nothing runs, as before"
+    return _RESULTS[result]
+
+
+def restoring_line(restore: Plan) -> str:
+    """What is done now that an apply has failed."""
+    if any(isinstance(act, StartEngine | RelabelEngine) for act in restore.acts):
+        return "  the apply failed: putting back what ran before"
+    return "  the apply failed: stopping what it started" if restore.acts else "  the apply failed"
+
+
 def converged_line(plan: Plan, paint: Paint = PLAIN) -> str:
     """One line for the good end of an apply."""
     done = ", ".join(f"{count} {word}" for word, count in counts_of(plan).items() if count)
     return f"{paint('green', 'Applied')}: {done}."
 
 
-def unwritten_result(result: str) -> str:
+def unwritten_result(result: str, *, ran_before: bool) -> str:
     """What came of an apply of which something could not be written down."""
-    return "applied, but not all of it could be written down" if result == "converged" else RESULTS[result]
+    if result == "converged":
+        return "applied, but not all of it could be written down"
+    return result_text(result, ran_before=ran_before)
 
 
 def down_text(down: tuple[EngineId, ...], stopped: tuple[EngineId, ...]) -> str:

@@ -492,6 +492,16 @@ def test_p23_third_of_five_that_fails_leaves_all_five_as_they_were(place: Place)
     place.assert_at_rest()
 
 
+def test_p23_first_apply_that_fails_says_that_nothing_ran_before(place: Place) -> None:
+    place.write(fake("one", update=_QUICK), fake("two", "--exit-code", "1", depends_on=["one"], update=_QUICK))
+
+    ran = place.apply(expect=5)
+
+    assert "  the apply failed: stopping what it started\n" in ran.stderr
+    assert "error: the apply failed, and nothing runs, as before: lab/two exited with code 1" in ran.stderr
+    assert place.pids() == {}
+
+
 def test_p23_restore_that_fails_too_is_told_stays_as_it_is_and_does_not_loop(place: Place) -> None:
     """The program of the engine that was there is removed while it runs."""
     program = place.root / "program"
