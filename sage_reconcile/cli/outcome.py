@@ -187,7 +187,8 @@ class Conversation:
         for index in unended(beat.plan, beat.progress):
             entry = beat.progress.entries[index]
             last = "".join(self._log_tail(beat, index, 1))
-            lines.append(running_line(tasks_of(beat.plan)[index], entry, beat.now - entry.begun_at, last, width))
+            task, took_seconds = tasks_of(beat.plan)[index], beat.now - entry.begun_at
+            lines.append(running_line(task, entry, beat.observed, took_seconds, last, width))
         return lines
 
     def _log_tail(self, beat: Beat, index: int, lines: int) -> tuple[str, ...]:

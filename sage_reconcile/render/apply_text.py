@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from sage_reconcile.core.identity import EngineId
+from sage_reconcile.core.observed import ObservedState
 from sage_reconcile.core.plan import Act, Awaited, Plan, RelabelEngine, StartEngine, StopEngine
 from sage_reconcile.core.progress import ActProgress, Progress
 from sage_reconcile.core.quantities import duration_text
@@ -24,13 +25,26 @@ def tasks_of(plan: Plan) -> tuple[Act | Awaited, ...]:
 
 
 def running_line(
-    task: Act | Awaited, entry: ActProgress, elapsed_seconds: float, last_log_line: str, width: int
+    task: Act | Awaited,
+    entry: ActProgress,
+    observed: ObservedState,
+    elapsed_seconds: float,
+    last_log_line: str,
+    width: int,
 ) -> str:
-    """The live line of one engine: what is being done to it, for how long, and the last that it said."""
-    line = f"  {task.engine}  {_PHASES[entry.phase]}  {duration_text(elapsed_seconds)}"
-    if entry.waits_for:
-        line += f"  {entry.waits_for}"
-    return one_line(f"{line}  {last_log_line}" if last_log_line else line, width)
+    """The live line of one engine: what is being done to it, for how long, what it lacks, and the last that it said."""
+    what = f"  {task.engine}  {_PHASES[entry.phase]}  {duration_text(elapsed_seconds)}"
+    lacks = entry.waits_for or _not_ready_because(entry, observed)
+    return one_line("  ".join(filter(None, (what, lacks, last_log_line))), width)
+
+
+def _not_ready_because(entry: ActProgress, observed: ObservedState) -> str:
+    """What `sage status` says of an engine that starts; empty while it loads and does not listen: its log says more."""
+    engine = next((one for one in observed.engines if one.leader == entry.leader), None)
+    if engine is None or entry.phase != "starting":
+        return ""
+    hindered = engine.intruder or engine.lost_devices or any(one.engine == engine.id for one in observed.listeners)
+    return engine.reason if hindered else ""
 
 
 def ended_lines(

@@ -1,12 +1,15 @@
 """Engines come, change, fail and go: the real command line over real processes, and the leak oracle after each test."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,7 +22,7 @@ from sage_reconcile.core.journal import ActBegun, ActDone, PlanBegun, PlanEnded
 from tests.e2e import FAKE_ENGINE, Place, fake, kill, listens, stranger, until
 from tests.fakenvml import Gpu, Used, claim, gpu_uuid
 from tests.forks import forks
-from tests.oracle import STRANGER, alive, assert_no_leaks, environ, labelled, leaks
+from tests.oracle import STRANGER, alive, assert_no_leaks, environ, environment, labelled, leaks
 from tests.seed_preset import SEED_PRESET
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -211,6 +214,38 @@ def test_dependent_engine_starts_only_once_its_dependency_is_ready(place: Place)
 
 
 # --- failing to start -------------------------------------------------------------------------------------------------
+
+
+def test_the_live_line_of_an_engine_says_what_it_lacks_while_it_is_waited_for(place: Place) -> None:
+    """2026-11: "starting" and the first line of its log for ten minutes, while what was wrong was known at once."""
+    place.write(fake("chat", "--wrong-kind"), fake("loads", "--bind-after", "60", update={"grace": "0.4s"}))
+
+    screen = on_a_terminal(place, "apply", str(place.manifests), "-y", "--timeout", "2s")
+
+    live = [line for line in screen.splitlines() if "  starting  " in line]
+    assert any("lab/chat  starting  1s  does not serve kind llm" in line for line in live), screen
+    # What loads says more by itself than that it does not listen yet.
+    assert any("lab/loads  starting  1s  fake engine for" in line for line in live), screen
+
+
+def on_a_terminal(place: Place, *words: str) -> str:
+    """All that a command writes where a terminal shows it."""
+    ours, theirs = pty.openpty()
+    shown = b""
+    with subprocess.Popen(
+        [sys.executable, "-m", "sage_reconcile", *words],
+        cwd=place.root,
+        env=environment(place.state),
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+    ):
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # EIO once the command has closed its side.
+            while read := os.read(ours, 65536):
+                shown += read
+    os.close(ours)
+    return shown.decode()
 
 
 @pytest.mark.parametrize(
