@@ -1,16 +1,14 @@
 """A plan for a reader: drift first, then the steps with their causes, then what is blocked, then one summary line."""
 
-import json
-import re
-
 from sage_reconcile.core.device_table import device_rows
 from sage_reconcile.core.needs import SOURCE_WORDS
 from sage_reconcile.core.observed import ObservedState
 from sage_reconcile.core.plan import Blocked, Plan, Step
-from sage_reconcile.core.quantities import gib, size_text
+from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.refusal import Shortfall
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes import told_text
+from sage_reconcile.render.change_text import change_values
 from sage_reconcile.render.device_names import device_name
 from sage_reconcile.render.lines import WIDTH, flowed, sentence, words
 from sage_reconcile.render.paint import PLAIN, Paint
@@ -45,12 +43,6 @@ _VERBS = {
 
 # Where a line that is too long goes on.
 _CONTINUED = 8
-
-# What was written as 40GiB is carried as its bytes.
-_SIZE = re.compile(r'"(\d{1,18})B"', re.ASCII)
-
-# Longer values are cut: the manifest has them in full.
-_VALUE_WIDTH = 60
 
 
 def plan_text(plan: Plan, observed: ObservedState, paint: Paint = PLAIN) -> str:
@@ -110,7 +102,7 @@ def _step(step: Step, paint: Paint) -> list[str]:
         lines += flowed(memory_parts(step.placement, told, before="        memory "), indent=_CONTINUED + 2)
     width = max((len(change.path) for change in step.changes), default=0)
     for change in step.changes:
-        old, new = _value(change.old), _value(change.new)
+        old, new = change_values(change.old, change.new)
         parts = [f"        {change.path.ljust(width)}  {old}", f" -> {new}"]
         parts += ["  # forces a restart"] if change.is_identity else []
         lines += flowed([*parts, f"  {change.at}"] if change.at else parts, indent=_CONTINUED + 2)
@@ -134,15 +126,6 @@ def memory_parts(place: Placement, told: str, *, before: str) -> list[str]:
 
 def _reason(step: Step) -> str:
     return f"{step.reason}: {step.cause}" if step.cause else step.reason
-
-
-def _value(text: str) -> str:
-    """A JSON value as people write it."""
-    if json.loads(text) is None:
-        return "(unset)"
-    if size := _SIZE.fullmatch(text):
-        return f'"{size_text(int(size[1]))}"'
-    return text if len(text) <= _VALUE_WIDTH else text[:_VALUE_WIDTH] + "…"
 
 
 def _blocked(plan: Plan, paint: Paint) -> list[str]:

@@ -163,6 +163,28 @@ def recreates() -> Text:
     return plan_of(desired(replace(changed, fields_at=at)), machine(h100(0), engines=(running,)))
 
 
+def changed_words() -> Text:
+    """Long lists and long texts that differ in little."""
+    command = ["vllm", "/opt/engines/2026-11-25/chat-with-a-long-name/serve.py", "--port", "{port}", "--tokens"]
+    script = "set -e; cd /srv/chat; . ./environment-of-the-chat-engine; exec ./serve --port {port} --tokens "
+    path = "/opt/engines/2026-11-25/lib:/opt/engines/2026-11-25/lib64:/opt/cuda-12."
+    fields = {"runtime": "command", "gpu_memory": "20GiB"}
+    old = on_gpu(
+        "lab/chat", 8001, 4711, 0, gib=20, command=[*command, "1", "-v"], env={"PATH": f"{path}6/lib"}, **fields
+    )
+    shell = on_gpu("lab/shell", 8901, 4712, 1, gib=20, command=["vllm", "-c", f"{script}1"], **fields)
+    return plan_of(
+        desired(
+            wants(
+                "lab/chat", command=[*command, "2", "--log", "/var/log/chat", "-v"], env={"PATH": f"{path}8/lib"},
+                **fields
+            ),
+            wants("lab/shell", command=["vllm", "-c", f"{script}2"], **fields),
+        ),
+        machine(h100(0), h100(1), engines=(old, shell)),
+    )  # fmt: skip
+
+
 def moves() -> Text:
     small = on_gpu("chat/llama-8b", 8001, 4711, 0, gib=26.0, max_model_len=8192, gpu_memory="25.5GiB")
     return plan_of(
@@ -197,6 +219,7 @@ def refused() -> tuple[DesiredState, ObservedState]:
 
 
 PLANS = {"plan-starts": starts, "plan-told": told_otherwise, "plan-recreate": recreates, "plan-moves": moves,
+         "plan-words": changed_words,
          "plan-refusal": lambda: plan_of(*refused())}  # fmt: skip
 
 
