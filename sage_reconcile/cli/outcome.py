@@ -38,6 +38,9 @@ from sage_reconcile.world.logs import tail
 # As many last lines of a log as tell why a program gave up.
 _LAST_LINES = 12
 
+# With "error: cannot place ..., see above" around them, they fit a terminal of 80 columns.
+_NAMES_WIDTH = 50
+
 # Where there is no terminal to redraw, a line this often says that it still goes on.
 _LINE_EVERY_SECONDS = 10.0
 
@@ -53,8 +56,10 @@ def show(planned: Planned, paint: Paint) -> None:
 
 
 def blocked_error(plan: Plan) -> SageError:
-    """The error for a plan that has something blocked."""
+    """The error for a plan that has something blocked: the names that were told, or how many where they are many."""
     names = ", ".join(str(blocked.engine) for blocked in plan.blocked)
+    if len(names) > _NAMES_WIDTH:
+        names = f"{len(plan.blocked)} engine{'s' if len(plan.blocked) > 1 else ''}"
     if any(blocked.reason == "not_observed" for blocked in plan.blocked):
         return ObservationIncomplete(f"cannot plan {names}: not enough could be seen, see above")
     return Infeasible(f"cannot place {names}, see above")

@@ -1,6 +1,7 @@
 """`sage status`, `why`, `logs`, `wait`, `gpu` and `snapshot`: what is, and why."""
 
 import json
+import shutil
 import sys
 import time
 from typing import Annotated
@@ -12,6 +13,8 @@ from sage_reconcile.cli.streams import reader_left
 from sage_reconcile.errors import Environment
 
 _NOT_AS_WANTED = 2
+
+_UNBOUNDED_COLUMNS = 100_000
 
 # How often a log that is followed is looked at.
 _FOLLOW_SECONDS = 0.2
@@ -28,6 +31,7 @@ def status(
 ) -> None:
     """Show what runs, and what should and does not. Reads no manifest."""
     from sage_reconcile.app.status import status as look
+    from sage_reconcile.render.lines import WIDTH
     from sage_reconcile.render.status_text import status_json, status_text
 
     chosen("-o", output, ("text", "json"))
@@ -37,7 +41,9 @@ def status(
     if output == "json":
         print(json.dumps(status_json(found.engines, missing, found.observed, uptimes), indent=2))
     else:
-        print(status_text(found.engines, missing, found.observed, uptimes, paint_for(color)))
+        # What reads a table from a file or a pipe wants a line for each engine.
+        width = max(shutil.get_terminal_size().columns, WIDTH) if sys.stdout.isatty() else _UNBOUNDED_COLUMNS
+        print(status_text(found.engines, missing, found.observed, uptimes, paint_for(color), width))
     if exit_code and not found.healthy:
         raise typer.Exit(_NOT_AS_WANTED)
 

@@ -44,6 +44,9 @@ _VERBS = {
 # Where a line that is too long goes on.
 _CONTINUED = 8
 
+# As wide as the column of what changes may be; a longer path stands out.
+_PATH_WIDTH = 24
+
 
 def plan_text(plan: Plan, observed: ObservedState, paint: Paint = PLAIN) -> str:
     """The whole plan, without a line break at its end."""
@@ -100,10 +103,10 @@ def _step(step: Step, paint: Paint) -> list[str]:
     if step.placement is not None and step.placement.devices:
         told = told_text(step.runtime, step.argv, step.placement)
         lines += flowed(memory_parts(step.placement, told, before="        memory "), indent=_CONTINUED + 2)
-    width = max((len(change.path) for change in step.changes), default=0)
+    width = min(max((len(change.path) for change in step.changes), default=0), _PATH_WIDTH)
     for change in step.changes:
         old, new = change_values(change.old, change.new)
-        parts = [f"        {change.path.ljust(width)}  {old}", f" -> {new}"]
+        parts = [f"        {change.path.ljust(width)}", f"  {old}", f" -> {new}"]
         parts += ["  # forces a restart"] if change.is_identity else []
         lines += flowed([*parts, f"  {change.at}"] if change.at else parts, indent=_CONTINUED + 2)
     return lines

@@ -8,13 +8,18 @@ from sage_reconcile.core.observed import Engine, ObservedState, model_of, spec_o
 from sage_reconcile.core.quantities import duration_text, gib
 from sage_reconcile.core.spec import parse_written, served_model
 from sage_reconcile.render.gpu_text import devices_json
+from sage_reconcile.render.lines import WIDTH, flowed, sentence, words
 from sage_reconcile.render.paint import PLAIN, Paint, columns
 from sage_reconcile.render.plan_json import FORMAT_VERSION, timestamp
 
-# Left out on a machine without GPUs.
-_GPU_COLUMN = 5
-
 _COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "stopping": "yellow"}
+
+# What stands below a row, because it does not fit into it, begins here.
+_BELOW = 4
+
+
+# An engine's line in the table, by column.
+_Row = dict[str, str]
 
 
 def status_text(
@@ -23,65 +28,107 @@ def status_text(
     observed: ObservedState,
     uptimes: dict[int, float],
     paint: Paint = PLAIN,
+    width: int = WIDTH,
 ) -> str:
-    """A line for each engine, then those that should run and do not, then foreign engines."""
+    """A line for each engine and why it is not ready, then those that should run and do not, then foreign engines."""
     several = len({engine.id.project for engine in engines} | {applied.engine.project for applied, _ in missing}) > 1
     rows = [
-        (
-            engine.id.full if several else str(engine.id),
-            engine.state,
-            _kind(engine),
-            model_of(engine),
-            str(engine.resolved.placement.port),
-            _gpus(engine),
-            str(engine.leader.pid),
-            duration_text(uptimes.get(engine.leader.pid, 0.0)),
-            "" if engine.state == "ready" else engine.reason,
-        )
+        {
+            "ENGINE": engine.id.full if several else str(engine.id),
+            "STATE": engine.state,
+            "KIND": _kind(engine),
+            "MODEL": model_of(engine),
+            "PORT": str(engine.resolved.placement.port),
+            "GPU": _gpus(engine),
+            "PID": str(engine.leader.pid),
+            "UP": duration_text(uptimes.get(engine.leader.pid, 0.0)),
+            "REASON": "" if engine.state == "ready" else engine.reason,
+        }
         for engine in engines
     ]
-    rows += [
-        (
-            applied.engine.full if several else str(applied.engine),
-            _missing_state(record, observed),
-            *_applied_fields(applied),
-            str(record.port) if record and record.port else "-",
-            "-",
-            "-",
-            "-",
-            _missing_reason(record, observed),
-        )
-        for applied, record in missing
-    ]
-    if not rows:
-        lines = ["no engine of yours runs here"]
-    else:
-        table: list[tuple[str, ...]] = [
-            ("ENGINE", "STATE", "KIND", "MODEL", "PORT", "GPU", "PID", "UP", "REASON"),
-            *sorted(rows),
-        ]
-        if not observed.devices and all(row[_GPU_COLUMN] == "-" for row in rows):
-            table = [(*row[:_GPU_COLUMN], *row[_GPU_COLUMN + 1 :]) for row in table]
-        lines = _painted(columns(table), paint)
-    lines += [f"note: {engine.id} {engine.exposed}" for engine in engines if engine.exposed]
-    lines += [f"note: {engine.id} {sentence}" for engine in engines for sentence in unproved(engine, observed)]
-    lines += _foreign(observed)
-    lines += [f"cannot see: {gap.what}: {gap.why}" for gap in observed.gaps]
+    rows += [_missing_row(applied, record, observed, several=several) for applied, record in missing]
+    rows = sorted(rows, key=lambda row: tuple(row.values()))
+    if not observed.devices and all(row["GPU"] == "-" for row in rows):
+        rows = _without("GPU", rows)
+    lines = _table(rows, width, paint) if rows else ["no engine of yours runs here"]
+    for engine in engines:
+        for told in filter(None, (engine.exposed, *unproved(engine, observed))):
+            lines += sentence(f"{engine.id} {told}", before="note: ", indent=_BELOW)
+    lines += _foreign(observed, width)
+    for gap in observed.gaps:
+        lines += sentence(f"{gap.what}: {gap.why}", before="cannot see: ", indent=_BELOW)
     if any(applied in observed.applied for applied, _ in missing):
         lines += ["", "start what is missing with: sage apply"]
     return "\n".join(lines)
 
 
+def _missing_row(applied: AppliedFact, record: RecordFact | None, observed: ObservedState, *, several: bool) -> _Row:
+    kind, model = _applied_fields(applied)
+    return {
+        "ENGINE": applied.engine.full if several else str(applied.engine),
+        "STATE": _missing_state(record, observed),
+        "KIND": kind,
+        "MODEL": model,
+        "PORT": str(record.port) if record and record.port else "-",
+        "GPU": "-",
+        "PID": "-",
+        "UP": "-",
+        "REASON": _missing_reason(record, observed),
+    }
+
+
+def _without(column: str, rows: list[_Row]) -> list[_Row]:
+    return [{name: cell for name, cell in row.items() if name != column} for row in rows]
+
+
+def _table(rows: list[_Row], width: int, paint: Paint, *, indent: str = "") -> list[str]:
+    """The rows below the names of their columns. 1. What nobody has is left out.
+
+    What makes it too wide stands elsewhere: 2. reasons below the rows, 3. models too, 4. the longest names above them.
+    """
+    below: dict[str, list[str]] = {}
+    names = [""] * len(rows)
+    # (1)
+    if not any(row.get("REASON") for row in rows):
+        rows = _without("REASON", rows)
+    # (2), (3)
+    for column in ("REASON", "MODEL"):
+        if column in rows[0] and _width(rows, indent) > width:
+            below[column] = [row[column] for row in rows]
+            rows = _without(column, rows)
+    # (4)
+    if (too_much := _width(rows, indent) - width) > 0 and "ENGINE" in rows[0]:
+        longest = max(len(row["ENGINE"]) for row in rows) - too_much
+        names = [row["ENGINE"] if len(row["ENGINE"]) > longest else "" for row in rows]
+        rows = [{**row, "ENGINE": ""} if name else row for row, name in zip(rows, names, strict=True)]
+    head, *lines = _columns(rows, indent)
+    table = [paint("bold", head)]
+    for index, line in enumerate(lines):
+        state = rows[index].get("STATE", "")
+        painted = f" {paint(_COLOURS.get(state, 'red'), state)} "
+        table += [names[index]] if names[index] else []
+        table.append(line.replace(f" {state} ", painted, 1) if state else line)
+        table += _below(*(below[column][index] if column in below else "" for column in ("MODEL", "REASON")))
+    return table
+
+
+def _below(model: str, reason: str) -> list[str]:
+    """What a row has no room for."""
+    if not model or not reason:
+        return sentence(model or reason, before=" " * _BELOW, indent=_BELOW) if model or reason else []
+    return flowed([f"{' ' * _BELOW}{model}:", *words(reason, before=" ")], indent=_BELOW)
+
+
+def _width(rows: list[_Row], indent: str) -> int:
+    return max(map(len, _columns(rows, indent)))
+
+
+def _columns(rows: list[_Row], indent: str) -> list[str]:
+    return columns([tuple(rows[0]), *(tuple(row.values()) for row in rows)], indent=indent)
+
+
 def _gpus(engine: Engine) -> str:
     return ",".join(map(str, engine.resolved.placement.device_indexes)) or "-"
-
-
-def _painted(lines: list[str], paint: Paint) -> list[str]:
-    painted = [paint("bold", lines[0])]
-    for line in lines[1:]:
-        state = line.split()[1]
-        painted.append(line.replace(f" {state} ", f" {paint(_COLOURS.get(state, 'red'), state)} ", 1))
-    return painted
 
 
 def _kind(engine: Engine) -> str:
@@ -119,16 +166,25 @@ def _not_back(record: RecordFact, observed: ObservedState) -> str:
     return " and ".join(parts)
 
 
-def _foreign(observed: ObservedState) -> list[str]:
+def _foreign(observed: ObservedState, width: int) -> list[str]:
     if not observed.foreign:
         return []
     rows = [
-        (str(foreign.pid), foreign.user, foreign.kind, foreign.model, str(foreign.port or "-"), foreign.name)
+        {
+            "PID": str(foreign.pid),
+            "USER": foreign.user,
+            "KIND": foreign.kind,
+            "MODEL": foreign.model,
+            "PORT": str(foreign.port or "-"),
+            "PROGRAM": foreign.name,
+        }
         for foreign in observed.foreign
     ]
-    notes = [f"  note: pid {foreign.pid}: {foreign.note}" for foreign in observed.foreign if foreign.note]
-    table = columns([("PID", "USER", "KIND", "MODEL", "PORT", "PROGRAM"), *rows], indent="  ")
-    return ["", "not ours:", *table, *notes]
+    lines = ["", "not ours:", *_table(rows, width, PLAIN, indent="  ")]
+    for foreign in observed.foreign:
+        if foreign.note:
+            lines += sentence(f"pid {foreign.pid}: {foreign.note}", before="  note: ", indent=_BELOW)
+    return lines
 
 
 def status_json(

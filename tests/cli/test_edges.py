@@ -55,6 +55,14 @@ def test_a_closed_stream_makes_no_traceback(shell: str, tmp_path: Path) -> None:
     assert "bug" not in done.stderr
 
 
+def test_an_error_names_what_is_blocked_as_long_as_it_fits_80_columns(tmp_path: Path) -> None:
+    some_projects(tmp_path)
+    assert sage(tmp_path, "plan", "blocked").stderr == "error: cannot place lab/chat, see above\n"
+    lab = tmp_path / "blocked" / "lab.yaml"
+    lab.write_text(lab.read_text().replace('"chat"', f'"{"c" * 63}"'))
+    assert sage(tmp_path, "plan", "blocked").stderr == "error: cannot place 1 engine, see above\n"
+
+
 READER_LEFT = [
     (("plan", "blocked"), 4),
     (("plan", "blocked", "-o", "json"), 4),

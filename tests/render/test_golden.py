@@ -1,4 +1,5 @@
-"""What a terminal of 80 columns shows of GPUs, of plans on them, and of `sage why`: with and without colour.
+"""What a terminal of 80 columns shows of GPUs, of plans on them, of `sage why` and of `sage status`: with and without
+colour.
 
 SNAP_UPDATE=1 writes golden/ anew; the diff is what a reviewer reads.
 """
@@ -13,7 +14,7 @@ import pytest
 
 from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.facts import AppliedFact, Gap
-from sage_reconcile.core.observed import Lingering, ObservedState
+from sage_reconcile.core.observed import Foreign, Lingering, ObservedState
 from sage_reconcile.core.plan import PlanOptions
 from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.spec import canonical_json, written_fields
@@ -21,6 +22,7 @@ from sage_reconcile.core.why import device_why, engine_why
 from sage_reconcile.render.gpu_text import gpu_text
 from sage_reconcile.render.paint import Paint
 from sage_reconcile.render.plan_text import plan_text
+from sage_reconcile.render.status_text import status_text
 from sage_reconcile.render.why_text import why_text
 from tests.builders import the_id
 from tests.gpu_worlds import GIB, LLAMA_8B, LLAMA_70B, MIB, MODELS, desired, h100, holder, machine, on_gpu, uuid, wants
@@ -279,11 +281,48 @@ WHYS = {
 }  # fmt: skip
 
 
+# --- sage status ------------------------------------------------------------------------------------------------------
+
+
+def applied(text: str, model: str) -> AppliedFact:
+    spec = wants(text, model=model).spec
+    return AppliedFact(engine=the_id(text), written=canonical_json(written_fields(spec)), at=1.0)
+
+
+def status(observed: ObservedState, *missing: AppliedFact) -> Text:
+    uptimes = {engine.leader.pid: 7.0 * engine.leader.pid for engine in observed.engines}
+    observed = replace(observed, applied=missing)
+    gone = tuple((fact, None) for fact in missing)
+    return lambda paint: status_text(observed.engines, gone, observed, uptimes, paint)
+
+
+def mixed() -> ObservedState:
+    """Short models: one that starts, one that is ready, a foreign engine, and what is not seen."""
+    starting = on_gpu(
+        "lab/chat", 8001, 4711, 0, gib=30.0, model="./chat.gguf", state="starting",
+        reason="POST /v1/chat/completions answers 404, and goes on to do so as long as nobody changes that",
+    )  # fmt: skip
+    ready = on_gpu("lab/embed", 8090, 4712, 1, gib=6.9, model="bge-m3", kind="embedding", use_gpu=True, runtime="vllm")
+    foreign = Foreign(pid=99, name="vllm", user="bob", kind="llm", model="org/his-model", port=8400)
+    gap = Gap(
+        what="device memory", why="the driver does not tell which process uses what of gpu0: it counts as foreign"
+    )
+    seen = machine(h100(0), h100(1), engines=(starting, ready), gaps=(gap,))
+    return replace(seen, foreign=(foreign,))
+
+
+STATUSES = {
+    "status-short": lambda: status(mixed(), applied("lab/tiny", "tiny")),
+    "status-hub-ids": lambda: status(busy(), applied("chat/mistral", "mistralai/Mistral-7B-v0.3")),
+    "status-nothing": lambda: status(machine()),
+}
+
+
 def texts() -> dict[str, Text]:
     found: dict[str, Text] = {}
     for name, world in GPUS.items():
         found[name] = lambda paint, observed=world(): gpu_text(observed, paint)
-    return found | {name: make() for name, make in {**PLANS, **WHYS}.items()}
+    return found | {name: make() for name, make in {**PLANS, **WHYS, **STATUSES}.items()}
 
 
 TEXTS = texts()
@@ -300,3 +339,47 @@ def test_it_is_the_one_that_was_reviewed_and_fits_80_columns(name: str) -> None:
     assert COLOUR.sub("", coloured) == plain
     assert [line for line in plain.splitlines() if len(line) > 80] == []
     assert [line for line in plain.splitlines() if line != line.rstrip()] == []
+
+
+# --- names of any length ----------------------------------------------------------------------------------------------
+
+LONG = f"{'stack-of-engines-' * 3}x/{'chat-with-a-name-' * 3}of-63"
+MODEL = f"some-organisation-with-a-name/{'A-Model-With-A-Name-' * 4}70B"
+
+
+def crowded() -> ObservedState:
+    """Eight GPUs, each with an engine of a long name and a foreign process of a long name."""
+    engines = (
+        on_gpu(f"{LONG}{index}", 8901 + index, 4711 + index, index, gib=30.0, model=MODEL, state="unready",
+               reason=f"POST /v1/chat/completions answers 404: {'no such path, ' * 8}")
+        for index in range(8)
+    )  # fmt: skip
+    return machine(
+        *(h100(index, holders=(holder(99 - index, 20.0, name="python-of-somebody" * 4),)) for index in range(8)),
+        engines=tuple(engines),
+        gaps=(Gap(what="device memory", why=f"the driver does not tell {'which process uses what ' * 8}"),),
+    )
+
+
+def wide_texts() -> dict[str, str]:
+    observed = crowded()
+    kept = [wants(f"{LONG}{index}", model=MODEL, gpu_memory="29.5GiB") for index in range(1, 8)]
+    big = wants(f"{LONG}-big", model=MODEL, gpu_memory="60GiB", tensor_parallel=2, depends_on=[f"{LONG}1"])
+    pinned = wants(f"{LONG}-pinned", model=MODEL, gpu_memory="60GiB", devices=["GPU-0"])
+    changed = wants(f"{LONG}0", model=f"{MODEL}-Instruct", gpu_memory="28GiB", env={"A_LONG_NAME" * 8: "b" * 70})
+    want = desired(*kept, big, pinned, changed)
+    plan = make_plan(want, observed)
+    names = [one.id for one in (big, pinned, changed, kept[0])]
+    return {
+        "plan": plan_text(plan, observed),
+        "gpu": gpu_text(observed),
+        "why": why_text(tuple(engine_why(name, want, observed, plan) for name in names), (), observed),
+        "status": status(observed, applied(f"{LONG}-gone", MODEL))(Paint(False)),
+        "why gpu": why_text((), device_why(0, want, observed, plan), observed),
+    }
+
+
+@pytest.mark.parametrize("name", ["plan", "gpu", "why", "why gpu", "status"])
+def test_only_what_cannot_be_broken_is_wider_than_80_columns(name: str) -> None:
+    text = wide_texts()[name]
+    assert [line for line in text.splitlines() if len(line) > 80 and len(line.split()) > 1] == [], text
