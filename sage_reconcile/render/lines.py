@@ -6,7 +6,7 @@ from collections.abc import Iterable
 WIDTH = 80
 
 # Blanks at which a sentence may break: a number stays with what it counts, and with what it numbers.
-_BREAK = re.compile(r"(?<!\bpid)(?<!\bport)(?<!\buid) (?!(?:GiB|GPUs?|ports|bytes|tokens)\b|\((?:GPU|MIG)-)")
+_BREAK = re.compile(r"(?<!\bpid)(?<!\bport)(?<!\buid) (?!(?:GiB|GPUs?|ports|bytes|tokens)\b|\((?:GPU|MIG|MOCK)-)")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
