@@ -506,6 +506,7 @@ def test_p23_restore_that_fails_too_is_told_stays_as_it_is_and_does_not_loop(pla
     """The program of the engine that was there is removed while it runs."""
     program = place.root / "program"
     program.write_text(f"#!{sys.executable}\n{FAKE_ENGINE.read_text(encoding='utf-8')}", encoding="utf-8")
+    shutil.copy(FAKE_ENGINE.with_name("small_http.py"), program.parent)
     program.chmod(0o755)
     old = [str(program), "--port", "{port}", "--host", "{host}", "--model", "{model}"]
     place.write(fake("good"), fake("chat", command=old))
