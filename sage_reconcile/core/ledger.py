@@ -22,6 +22,9 @@ _UNKNOWN = "?"
 # What nobody holds and is less than this is the driver's own: it comes and goes as processes do.
 DRIVER_SLACK_BYTES = 64 * 1024 * 1024
 
+# The states of an engine that is alive and may not have taken its memory yet.
+_MAY_LACK_MEMORY = ("starting", "unready", "draining")
+
 
 def measured(engine_pids: Iterable[int], devices: Iterable[DeviceFact]) -> tuple[tuple[str, int], ...]:
     """What the processes of an engine use of each device, by UUID; devices that they do not use are left out."""
@@ -76,27 +79,49 @@ def judged(facts: Facts, engines: Iterable[Engine], processes: Mapping[int, Proc
     """The facts, with the driver's lists of processes disbelieved where an engine of ours is missing from them.
 
     In a container's pid namespace a driver lists no process, or the pids of another namespace, and says that this is
-    all: then an engine that is ready seems to use nothing, and memory is used by nobody that is seen here, nor by the
+    all: then an engine that works seems to use nothing, and memory is used by nobody that is seen here, nor by the
     dead. To take all of that for foreign would count our engines twice.
     """
     engines = tuple(engines)
     dead = _dead(facts, engines, processes)
-    return replace(facts, devices=tuple(_judged(fact, engines, processes, dead) for fact in facts.devices))
+    return replace(facts, devices=tuple(_judged(fact, facts, engines, processes, dead) for fact in facts.devices))
 
 
 def _judged(
-    fact: DeviceFact, engines: tuple[Engine, ...], processes: Mapping[int, ProcessFact], dead: tuple["_Dead", ...]
+    fact: DeviceFact,
+    facts: Facts,
+    engines: tuple[Engine, ...],
+    processes: Mapping[int, ProcessFact],
+    dead: tuple["_Dead", ...],
 ) -> DeviceFact:
-    unlisted = any(
-        engine.state == "ready" and fact.uuid in engine.resolved.placement.devices
-        for engine in engines
-        if not dict(engine.measured_bytes).get(fact.uuid)
-    )
-    seen = sum(process.used_bytes for process in fact.processes if process.pid in processes)
+    """1. An engine that is ready uses its devices. 2. One that loads may not have begun to.
+
+    So for the sake of one that loads, the list is disbelieved only where it names no process of this machine, and only
+    once more is used than before its start.
+    """
+    unlisted = [engine for engine in _placed(fact, engines) if not dict(engine.measured_bytes).get(fact.uuid)]
+    seen = [process.used_bytes for process in fact.processes if process.pid in processes]
     of_the_dead = sum(one.placement.counted_bytes_per_device for one in dead if fact.uuid in one.placement.devices)
-    if unlisted and fact.used_bytes - seen - of_the_dead > DRIVER_SLACK_BYTES:
-        return replace(fact, processes_known=False)
-    return fact
+    of_nobody = fact.used_bytes - sum(seen) - of_the_dead
+    # (1)
+    hidden = any(engine.state == "ready" for engine in unlisted) and of_nobody > DRIVER_SLACK_BYTES
+    # (2)
+    loading = [engine for engine in unlisted if engine.state in _MAY_LACK_MEMORY]
+    more = of_nobody - _before(fact, loading, facts)
+    hidden |= bool(loading) and not seen and more > DRIVER_SLACK_BYTES
+    return replace(fact, processes_known=False) if hidden else fact
+
+
+def _placed(fact: DeviceFact, engines: Iterable[Engine]) -> list[Engine]:
+    return [engine for engine in engines if fact.uuid in engine.resolved.placement.devices]
+
+
+def _before(fact: DeviceFact, loading: Iterable[Engine], facts: Facts) -> int:
+    """What nobody held of a device when these engines were started: that is not theirs."""
+    leaders = {engine.leader for engine in loading}
+    return max(
+        (dict(record.orphaned).get(fact.uuid, 0) for record in facts.records if record.leader in leaders), default=0
+    )
 
 
 def gaps(facts: Iterable[DeviceFact]) -> tuple[Gap, ...]:
@@ -165,7 +190,7 @@ def _device(fact: DeviceFact, view: _View, island: int, cuda_number: int | None)
         for process in sorted(fact.processes, key=lambda process: (-process.used_bytes, process.pid))
         if process.pid not in ours
     )
-    foreign = max(fact.used_bytes - _ours(fact, view.engines, ours), 0)
+    foreign = max(fact.used_bytes - _ours(fact, view, ours), 0)
     orphaned = max(fact.used_bytes - view.held_by_live(fact), 0) if fact.processes_known else foreign
     lingering = _lingering(fact, view, min(orphaned, foreign))
     return Device(
@@ -191,16 +216,26 @@ def _device(fact: DeviceFact, view: _View, island: int, cuda_number: int | None)
     )
 
 
-def _ours(fact: DeviceFact, engines: tuple[Engine, ...], pids: set[int]) -> int:
+def _ours(fact: DeviceFact, view: _View, pids: set[int]) -> int:
     """The part of what is used that is our engines'.
 
     Where the driver does not tell it by process, it is taken for granted that they use what they were given, and no
-    more: unknown memory is not free memory.
+    more: unknown memory is not free memory. One that loads has only what has come since its start, up to that.
     """
     if fact.processes_known:
         return sum(process.used_bytes for process in fact.processes if process.pid in pids)
-    places = [engine.resolved.placement for engine in engines]
-    return sum(place.counted_bytes_per_device for place in places if fact.uuid in place.devices)
+    placed = _placed(fact, view.engines)
+    loading = [engine for engine in placed if engine.state in _MAY_LACK_MEMORY]
+    settled = sum(_given(engine) for engine in placed if engine not in loading)
+    strangers = sum(
+        process.used_bytes for process in fact.processes if process.pid in view.processes and process.pid not in pids
+    )
+    came_since = fact.used_bytes - settled - strangers - _before(fact, loading, view.facts)
+    return settled + min(max(came_since, 0), sum(map(_given, loading)))
+
+
+def _given(engine: Engine) -> int:
+    return engine.resolved.placement.counted_bytes_per_device
 
 
 def _lingering(fact: DeviceFact, view: _View, orphaned: int) -> tuple[Lingering, ...]:

@@ -459,6 +459,39 @@ def test_g5_what_is_not_told_by_process_counts_as_a_whole(place: Place, veil: fa
         place.write(first, second)
 
 
+@pytest.mark.parametrize("taken_mib", [50_000, 0])
+@pytest.mark.parametrize("veil", [ProcessMemoryUnavailable(gpu=0), HiddenPids(gpu=0)], ids=["no figures", "no pids"])
+def test_g5_engine_that_loads_counts_once_whatever_it_has_taken_so_far(
+    place: Place, veil: fakenvml.Entry, taken_mib: int
+) -> None:
+    """2026-11-25: what it had taken was counted as foreign, beside all that it was given."""
+    place.gpus(Gpu(index=0), veil)
+    late = [] if taken_mib else ["--memory-after", "600"]
+    loads = place.gpu_fake("loads", "--ready-after", "600", *late, mib=50_000)
+    place.write(loads)
+    with place.foreign_on(0, 10_000):
+        place.apply("--no-wait")
+        until(lambda: place.used_mib(0) == 10_000 + taken_mib, "it has taken its memory")
+        assert place.engines()["lab/loads"]["state"] == "starting"
+
+        shown = place.sage("gpu").stdout
+
+        assert re.findall(r"([0-9.]+)  (?:\S+:(lab/\S+)|(foreign  of no process))", shown) == [
+            ("48.8", "lab/loads", ""),
+            ("9.8", "", "foreign  of no process"),
+        ]
+        assert "over-full" not in shown and "20.5 of 79.6 GiB free" in " ".join(shown.split())
+        if taken_mib:
+            assert "cannot see: device memory: " in shown
+        place.write(loads, place.gpu_fake("fits", mib=20_000))
+        assert [step["device_indexes"] for step in place.plan()["steps"]] == [[0]]
+        place.write(loads, place.gpu_fake("more", mib=21_000))
+        (refused,) = place.plan(expect=4)["blocked"]
+        free_mib = 81_559 - 600 - 10_000 - 50_000
+        assert refused["devices"][0]["free_bytes"] == free_mib * 1024**2
+        place.write(loads)
+
+
 # --- G6: no NVML ------------------------------------------------------------------------------------------------------
 
 
