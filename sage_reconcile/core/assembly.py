@@ -53,7 +53,7 @@ def assemble(facts: Facts) -> ObservedState:
         routers=tuple(sorted(facts.routers, key=lambda router: router.pid)),
         exits=tuple(sorted(facts.exits, key=lambda exit_fact: exit_fact.leader)),
         applied=tuple(sorted(facts.applied, key=lambda applied: applied.engine)),
-        footprints=tuple(sorted(facts.footprints, key=lambda fact: (fact.key, fact.device_name, fact.version))),
+        footprints=tuple(sorted(facts.footprints, key=lambda fact: fact.order)),
         gaps=tuple(
             sorted(
                 facts.gaps + device_gaps(judged(facts, engines, by_pid).devices),

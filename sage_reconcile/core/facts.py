@@ -200,6 +200,17 @@ class FootprintFact:
     graphs_bytes: int = 0
     kv_tokens: int = 0
 
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Which of several of one name is the largest, whatever their order: only equal ones have the same."""
+        beyond = -1 if self.beyond_bytes is None else self.beyond_bytes
+        by_log = (self.weights_bytes, self.kv_cache_bytes, self.graphs_bytes, self.kv_tokens)
+        return (self.peak_bytes, self.non_kv_bytes, beyond, *by_log)
+
+    @property
+    def order(self) -> tuple[str, str, str, tuple[int, ...]]:
+        return self.key, self.device_name, self.version, self.size
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:

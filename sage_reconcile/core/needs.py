@@ -127,7 +127,7 @@ def measured(spec: EngineSpec, device_name: str, observed: ObservedState) -> Foo
         for fact in observed.footprints
         if (fact.key, fact.device_name, fact.version) == (key, device_name, version)
     ]
-    return max(facts, key=lambda fact: (fact.peak_bytes, fact.non_kv_bytes), default=None)
+    return max(facts, key=lambda fact: fact.size, default=None)
 
 
 def _claim(spec: EngineSpec, device: Device, observed: ObservedState, known: Footprint | None, told: bool) -> Claim:

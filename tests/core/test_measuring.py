@@ -125,6 +125,29 @@ def test_what_a_log_says_takes_the_place_of_what_was_computed_besides_the_cache(
     assert claim(VLLM | {"gpu_memory": "30GiB"}, fact).source == "declared"
 
 
+@pytest.mark.parametrize("larger", [{"peak_bytes": 71 * GIB}, {"beyond_bytes": 2 * GIB}, {"non_kv_bytes": 21 * GIB}])
+def test_of_what_two_projects_measured_the_largest_counts_whichever_comes_first(larger: dict[str, int]) -> None:
+    """2026-11-25: two that differed in what was taken beyond gave two plans, by the order of the projects."""
+    fact = seen(VLLM, peak_bytes=70 * GIB, beyond_bytes=GIB, non_kv_bytes=20 * GIB, weights_bytes=15 * GIB)
+    both = (replace(fact, **larger), fact)
+    want = desired(wanted("lab/chat", use_gpu=True, devices=[0], **VLLM))
+
+    plans = [make_plan(want, machine(*order)) for order in (both, both[::-1])]
+
+    assert plans[0] == plans[1] == make_plan(want, machine(both[0]))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_engine_that_two_projects_measured_is_planned_with_the_larger_figure(order: int) -> None:
+    facts = (seen(COMMAND, peak_bytes=9 * GIB), seen(COMMAND, peak_bytes=12 * GIB))[::order]
+    want = desired(wanted("lab/chat", use_gpu=True, devices=[0], **COMMAND))
+
+    (step,) = make_plan(want, machine(*facts)).steps
+
+    assert step.placement is not None
+    assert (step.placement.memory_bytes_per_device, step.placement.memory_source) == (12 * GIB, "measured")
+
+
 @pytest.mark.parametrize("needs_gib", [14, 16])
 def test_what_is_told_comes_to_rest_and_never_climbs(needs_gib: int) -> None:
     """vLLM takes a little less than it is told, since CUDA counts a device smaller than NVML does; then the context."""
