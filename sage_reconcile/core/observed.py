@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import TypeAdapter
 
@@ -191,6 +191,15 @@ def observed_json(observed: ObservedState) -> str:
 def parse_observed(text: str | bytes) -> ObservedState:
     """What `observed_json` wrote. Raises pydantic.ValidationError for anything else."""
     return _JSON.validate_json(text)
+
+
+def arranged(observed: ObservedState) -> ObservedState:
+    """The same world with its devices and gaps as a look has them: a world in a file may have them in any order."""
+    return replace(
+        observed,
+        devices=tuple(sorted(observed.devices, key=lambda device: (device.index, device.uuid))),
+        gaps=tuple(sorted(observed.gaps, key=lambda gap: (gap.what, gap.subject, gap.why))),
+    )
 
 
 def project_engines(observed: ObservedState, project: str) -> tuple[Engine, ...]:

@@ -19,7 +19,7 @@ from sage_reconcile.core.desired import DesiredState, Pin, Wanted
 from sage_reconcile.core.device_notes import device_notes
 from sage_reconcile.core.drafting import depends_on, drafted
 from sage_reconcile.core.identity import EngineId
-from sage_reconcile.core.observed import Engine, ObservedState, project_engines, spec_of
+from sage_reconcile.core.observed import Engine, ObservedState, arranged, project_engines, spec_of
 from sage_reconcile.core.ordering import ordered_acts, room_of
 from sage_reconcile.core.placing import Moves, placed
 from sage_reconcile.core.plan import Act, Awaited, Plan, PlanOptions, RelabelEngine, StartEngine, after
@@ -34,6 +34,7 @@ _MOST_PASSES = 64
 def make_plan(desired: DesiredState, observed: ObservedState, options: PlanOptions | None = None) -> Plan:
     """The acts that lead from the observed to the desired, what is blocked, and why."""
     options = options or PlanOptions()
+    observed = arranged(observed)
     first = plan = _pass(desired, observed, options, "allowed" if options.allow_moves else "told")
     world = observed
     for _ in range(_MOST_PASSES):

@@ -11,14 +11,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import combinations, product
+from typing import TypeVar
 
 import pytest
 
 from sage_reconcile.core.audit import audit
 from sage_reconcile.core.cures import of_one_engine
 from sage_reconcile.core.desired import DesiredState, Wanted
-from sage_reconcile.core.facts import Gap, ModelFact
+from sage_reconcile.core.facts import FootprintFact, Gap, ModelFact
 from sage_reconcile.core.identity import EngineId
+from sage_reconcile.core.needs import footprint_key
 from sage_reconcile.core.observed import Device, Engine, ObservedState, observed_json, parse_observed
 from sage_reconcile.core.plan import Plan, PlanOptions, StartEngine, StopEngine, after
 from sage_reconcile.core.planner import make_plan, restore_target
@@ -42,6 +44,8 @@ SIZES = (2, 5, 8, 10, 12, 20, 22, 40)
 SHAPE = shape(6, heads=8)
 MODELS = (ModelFact(model="/models/known.gguf", shape=SHAPE), ModelFact(model="org/known", shape=SHAPE))
 
+T = TypeVar("T")
+
 
 def random_devices(rng: random.Random) -> tuple[Device, ...]:
     devices: list[Device] = []
@@ -56,7 +60,8 @@ def random_devices(rng: random.Random) -> tuple[Device, ...]:
 def trouble(rng: random.Random) -> dict[str, object]:
     fields: dict[str, object] = {"reserved": rng.choice((0, 0.5))}
     if rng.random() < 0.3:
-        fields["foreign"] = ((4000 + rng.randrange(9), rng.choice((1, 5, 9))),)
+        count = rng.choice((1, 1, 2))
+        fields["foreign"] = tuple((pid, rng.choice((1, 5, 9))) for pid in rng.sample(range(4000, 4009), count))
     if rng.random() < 0.2:
         fields["lingering"] = ((rng.choice(NAMES), rng.choice((2, 5, 7))),)
     if rng.random() < 0.1:
@@ -147,6 +152,10 @@ def random_world(rng: random.Random) -> ObservedState:
         lost, *rest = rng.sample(devices, len(devices))
         gaps = (Gap(what="lost device", why=f"gpu{lost.index} has fallen off the bus", subject=lost.uuid),)
         devices = tuple(sorted(rest, key=lambda device: (device.index, device.uuid)))
+    elif rng.random() < 0.1:
+        why = "the driver does not tell which process uses what of it"
+        untold = (Gap(what="device memory", why=f"{one.uuid}: {why}", subject=one.uuid) for one in devices)
+        gaps = tuple(sorted(untold, key=lambda gap: gap.subject))
     return replace(gpu_world(devices, *engines, records=records, gaps=gaps), models=MODELS)
 
 
@@ -163,6 +172,24 @@ def random_desired(rng: random.Random, observed: ObservedState) -> DesiredState:
     return replace(desired(*engines), reserve_bytes=reserve)
 
 
+def random_footprints(rng: random.Random, want: DesiredState, observed: ObservedState) -> tuple[FootprintFact, ...]:
+    """What some of what is wanted was measured to take of some devices; some of it by two projects."""
+    facts: list[FootprintFact] = []
+    for one in want.wanted:
+        if one.spec.use_gpu and observed.devices and rng.random() < 0.3:
+            fact = FootprintFact(
+                key=footprint_key(one.spec),
+                device_name=rng.choice(observed.devices).name,
+                version="",
+                peak_bytes=rng.choice(SIZES) * GIB,
+                beyond_bytes=rng.choice((None, 0, GIB)),
+            )
+            facts.append(fact)
+            if rng.random() < 0.5:
+                facts.append(replace(fact, beyond_bytes=rng.choice((None, 2 * GIB, 3 * GIB))))
+    return tuple(facts)
+
+
 def as_it_runs(engine: Engine) -> Wanted:
     (kept,) = restore_target(world_of(engine), Plan(project="lab", source="", digest=""), desired()).wanted
     return replace(kept, pin=None, at="lab.yaml:4:5")
@@ -177,6 +204,7 @@ def case(seed: int) -> tuple[DesiredState, ObservedState, Plan]:
     rng = random.Random(seed)
     now = random_world(rng)
     want = random_desired(rng, now)
+    now = replace(now, footprints=random_footprints(rng, want, now))
     return want, now, make_plan(want, now, options_of(seed))
 
 
@@ -324,19 +352,26 @@ def test_nothing_that_runs_as_wanted_is_moved_without_leave() -> None:
                 assert engine.leader not in stopped, f"seed {seed}"
 
 
+def anyhow(rng: random.Random, facts: tuple[T, ...]) -> tuple[T, ...]:
+    return tuple(rng.sample(facts, len(facts)))
+
+
 def test_the_order_of_facts_and_files_never_changes_a_plan() -> None:
     for seed in range(WORLDS):
         want, now, plan = case(seed)
         rng = random.Random(seed)
         shuffled = replace(
             now,
-            engines=tuple(rng.sample(now.engines, len(now.engines))),
-            listeners=tuple(rng.sample(now.listeners, len(now.listeners))),
-            records=tuple(rng.sample(now.records, len(now.records))),
-            models=tuple(rng.sample(now.models, len(now.models))),
-            programs=tuple(rng.sample(now.programs, len(now.programs))),
+            devices=anyhow(rng, tuple(replace(one, holders=anyhow(rng, one.holders)) for one in now.devices)),
+            engines=anyhow(rng, now.engines),
+            listeners=anyhow(rng, now.listeners),
+            records=anyhow(rng, now.records),
+            models=anyhow(rng, now.models),
+            programs=anyhow(rng, now.programs),
+            footprints=anyhow(rng, now.footprints),
+            gaps=anyhow(rng, now.gaps),
         )
-        other = replace(want, wanted=tuple(rng.sample(want.wanted, len(want.wanted))))
+        other = replace(want, wanted=anyhow(rng, want.wanted))
         assert make_plan(other, shuffled, options_of(seed)) == plan, f"seed {seed}"
 
 
@@ -365,6 +400,9 @@ def test_the_worlds_are_not_dull() -> None:
         starts = [act for act in plan.acts if isinstance(act, StartEngine) and act.resolved.placement.devices]
         seen["several devices"] += any(len(act.resolved.placement.devices) > 1 for act in starts)
         seen["behind"] += any(act.behind for act in starts)
+        seen["measured"] += any(act.resolved.placement.memory_source == "measured" for act in starts)
+        seen["several holders"] += any(len(device.holders) > 1 for device in now.devices)
+        seen["several measurements"] += len(now.footprints) > len({fact.key for fact in now.footprints})
         there = {device.uuid: device for device in now.devices}
         for act in starts:
             homes = [there[uuid] for uuid in act.resolved.placement.devices]
@@ -373,7 +411,8 @@ def test_the_worlds_are_not_dull() -> None:
                 entry.engine == act.engine for home in homes for entry in home.lingering
             )
     wanted_kinds = ("start", "recreate", "several devices", "behind", "on a slice", "on what lingers of its own")
-    assert all(seen[kind] >= WORLDS / 100 for kind in (*wanted_kinds, "blocked: memory", "blocked: device_pin")), seen
+    wanted_kinds += ("measured", "several measurements", "several holders", "blocked: memory", "blocked: device_pin")
+    assert all(seen[kind] >= WORLDS / 100 for kind in wanted_kinds), seen
 
 
 # --- small instances, against a search through all that there is ------------------------------------------------------
