@@ -113,6 +113,15 @@ def test_up_that_cannot_apply_ends_as_apply_does(place: Place) -> None:
     assert place.pids() == {}
 
 
+def test_up_gives_an_engine_as_long_as_its_timeout_to_be_ready(place: Place) -> None:
+    place.write(fake("never", "--never-ready", ready={"timeout": "8s"}))
+
+    ran = place.sage("up", str(place.manifests), "-y", "--timeout", "1s", expect=5)
+
+    assert "lab/never not ready after 1 s" in ran.stderr
+    assert place.pids() == {}
+
+
 def test_up_lets_a_running_request_finish_before_engines_are_stopped(place: Place) -> None:
     place.write(fake("chat", "--token-delay", "0.2", "--tokens", "5", model=place.project))
     with place.started("up", str(place.manifests), "-y", "--port", str(place.spare[0])) as process:
@@ -155,6 +164,18 @@ def test_wait_ends_with_9_when_the_time_is_up_and_says_what_is_missing(place: Pl
     assert "lab/never is starting: GET /health answers 503" in ran.stderr
     ran = place.sage("wait", "lab/never", "-p", place.project, "--for", "stopped", "--timeout", "0s", expect=9)
     assert "lab/never is starting" in ran.stderr
+
+
+def test_wait_waits_for_each_of_several_engines_in_whatever_order_they_are_named(place: Place) -> None:
+    place.write(fake("never", "--never-ready"), fake("chat"), fake("zealous"))
+    place.apply("--no-wait")
+    place.sage("wait", "lab/chat", "lab/zealous", "-p", place.project, "--timeout", "20s")
+
+    for ids in (("lab/chat", "lab/never"), ("lab/never", "lab/zealous"), ("lab/zealous", "lab/never", "lab/chat")):
+        ran = place.sage("wait", *ids, "-p", place.project, "--timeout", "0.5s", expect=9)
+
+        assert "lab/never is starting" in ran.stderr
+        assert "lab/chat" not in ran.stderr and "lab/zealous" not in ran.stderr
 
 
 def test_wait_for_stopped_ends_once_nothing_of_it_runs(place: Place) -> None:

@@ -442,6 +442,18 @@ def test_g8_engine_that_takes_memory_elsewhere_fails_and_what_ran_is_put_back(pl
     place.assert_at_rest(again=True)
 
 
+def test_g8_engine_on_the_cpu_that_takes_memory_of_a_gpu_fails_and_is_ended(place: Place) -> None:
+    machine(place, card(0))
+    claims = ("--fake-nvml", str(place.nvml), "--gpu-memory", "2048", "--claims-on", "0")
+    place.write(fake("chat", *claims))
+
+    ran = place.apply("--timeout", "3s", expect=5)
+
+    assert "lab/chat uses 2.0 GiB of gpu0, and was placed on no GPU" in ran.stderr
+    assert place.pids() == {}
+    assert place.used_mib(0) == 0
+
+
 def test_g8_engine_that_takes_no_memory_is_noted_and_left_alone(place: Place) -> None:
     machine(place, card(0))
     place.write(fake("chat", use_gpu=True, gpu_memory="2GiB"))
