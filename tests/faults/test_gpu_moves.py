@@ -225,7 +225,7 @@ def test_g7_memory_of_a_crash_that_never_comes_back_closes_the_gpu_too(place: Pl
 
 
 @pytest.mark.parametrize("a_worker_lives_on", [True, False], ids=["worker lives on", "all are dead"])
-def test_g7_restart_after_a_crash_waits_on_its_own_gpu_until_the_memory_is_back(
+def test_p10_and_g7_restart_after_a_crash_waits_on_its_own_gpu_until_the_memory_is_back(
     place: Place, a_worker_lives_on: bool
 ) -> None:
     """There is room beside it, and another GPU is empty: it waits all the same, and comes back to where it was."""

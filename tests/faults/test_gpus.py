@@ -504,15 +504,18 @@ def test_g6_without_nvml_gpu_engines_are_refused_and_others_are_managed(place: P
     pids = place.pids()
     nowhere = tmp_path / "nowhere"
     nowhere.mkdir()
-    ways: list[tuple[str, dict[str, str], int]] = [
-        ("NVML_ERROR_LIB_RM_VERSION_MISMATCH", {}, 11),
-        ("NVML_ERROR_NO_PERMISSION", {}, 11),
-        ("", fakenvml.no_driver(nowhere), 4),
-        ("", {"SAGE_DISABLE_NVML": "1"}, 4),
-        ("", {"SAGE_DISABLE_NVML": "1", "SAGE_GPU_MOCK_COUNT": "2"}, 4),
+    # What fails, and of which call: a driver that answers and cannot tell what memory there is will not do, either.
+    ways: list[tuple[str, str, dict[str, str], int]] = [
+        ("nvmlInit", "NVML_ERROR_LIB_RM_VERSION_MISMATCH", {}, 11),
+        ("nvmlInit", "NVML_ERROR_NO_PERMISSION", {}, 11),
+        ("nvmlInit", "NVML_ERROR_NOT_SUPPORTED", {}, 11),
+        ("nvmlDeviceGetMemoryInfo", "NVML_ERROR_NOT_SUPPORTED", {}, 11),
+        ("", "", fakenvml.no_driver(nowhere), 4),
+        ("", "", {"SAGE_DISABLE_NVML": "1"}, 4),
+        ("", "", {"SAGE_DISABLE_NVML": "1", "SAGE_GPU_MOCK_COUNT": "2"}, 4),
     ]
-    for number, (code, variables, expected) in enumerate(ways):
-        place.gpus(*TWO, *([Fault(call="nvmlInit", code=code)] if code else []))
+    for number, (call, code, variables, expected) in enumerate(ways):
+        place.gpus(*TWO, *([Fault(call=call, code=code)] if code else []))
         cpu = fake(f"cpu{number}", kind="embedding")
         place.write(chat, cpu, place.gpu_fake("more", mib=10_000))
 

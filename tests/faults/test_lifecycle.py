@@ -326,7 +326,7 @@ def test_engine_that_does_not_hear_the_first_sigterm_is_ended_within_its_grace(p
     place.assert_nothing_left()
 
 
-def test_stopped_engine_is_told_apart_from_a_ready_one_and_can_be_stopped(place: Place) -> None:
+def test_p13_engine_under_sigstop_is_told_apart_from_a_ready_one_and_can_be_stopped(place: Place) -> None:
     place.write(fake("chat"))
     place.apply()
     (pid,) = place.pids().values()
@@ -406,7 +406,7 @@ def child_of(place: Place) -> int:
     ("trouble", "code"),
     [("emptied", 10), ("vanished", 3), ("unparsable", 3), ("another path", 3), ("settings only half written", 3)],
 )
-def test_manifests_that_are_not_there_stop_nothing(place: Place, trouble: str, code: int) -> None:
+def test_p22_manifests_that_are_not_there_stop_nothing(place: Place, trouble: str, code: int) -> None:
     stack = place.write(fake("chat"))
     place.apply()
     pids = place.pids()
