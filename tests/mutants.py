@@ -600,6 +600,20 @@ MUTANTS = (
         new="ApplyOptions()",
         caught_by=("tests/faults/test_commands.py::up_gives",),
     ),
+    Mutant(
+        bug="a router opens a file more at each look",
+        file="sage_reconcile/app/serving.py",
+        old="                mine.write(_said(observed, traffic))\n",
+        new="                mine.write(_said(observed, traffic))\n                os.open(os.devnull, os.O_RDONLY)\n",
+        caught_by=("tests/faults/test_serving.py::lives_on",),
+    ),
+    Mutant(
+        bug="a router lists an engine that is not ready",
+        file="sage_reconcile/core/routes.py",
+        old='        if backend.state == "ready":\n            first.setdefault',
+        new="        if True:\n            first.setdefault",
+        caught_by=("tests/faults/test_serving.py::loads",),
+    ),
 )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from sage_reconcile.core.observed import parse_observed
 from tests.e2e import Place, fake, kill, until
+from tests.long_lived import assert_serves_what_is_ready
 from tests.oracle import alive
 
 # --- up ---------------------------------------------------------------------------------------------------------------
@@ -48,6 +49,7 @@ def test_up_applies_serves_and_stops_what_it_applied_when_a_signal_comes(place: 
         assert said[-1].startswith(f"serving http://127.0.0.1:{port}/v1 ")
         assert set(place.pids()) == {"lab/chat", "lab/app"}
         assert asked(port, place.project) == 200
+        assert_serves_what_is_ready(place, port)
         process.send_signal(number)
         stdout, _ = process.communicate(timeout=15)
 
@@ -69,6 +71,7 @@ def test_up_takes_the_port_of_sage_yaml_and_tells_what_becomes_of_engines(place:
         assert process.stderr is not None
         assert process.stderr.readline() == "note: lab/chat is gone: was ended by signal 9\n"
         until(lambda: asked(port, place.project) in (404, 503), "the router knows that it is gone")
+        assert_serves_what_is_ready(place, port)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=15)
     assert process.returncode == 0

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import openai
 import pytest
 
 from tests.e2e import Place, fake, kill, until
+from tests.long_lived import assert_holds_no_more_after, assert_serves_what_is_ready
 from tests.tiny_gguf import write_tiny_gguf
 
 _CHAT = "/v1/chat/completions"
@@ -92,13 +94,14 @@ def models(port: int) -> set[str]:
 
 @contextmanager
 def serving(place: Place) -> Iterator[tuple["subprocess.Popen[str]", int]]:
-    """`sage serve`, until it is ended by a SIGTERM, or by the test."""
+    """`sage serve`, until it is ended by a SIGTERM, or by the test. At its end it serves what is ready."""
     port = place.spare[1]
     with place.started("serve", "--port", str(port)) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == f"serving http://127.0.0.1:{port}/v1 (Ctrl-C drains and stops)\n"
         yield process, port
         if process.poll() is None:
+            assert_serves_what_is_ready(place, port)
             process.send_signal(signal.SIGTERM)
             assert process.wait(15) == 0
         place.said.append(process.stderr.read())
@@ -144,6 +147,10 @@ def engine(place: Place, name: str, *modes: str, **fields: Any) -> dict[str, Any
     return fake(name, *modes, **({"served_name": served(place, name)} | fields))
 
 
+# How often engines come and go while one router lives on.
+CYCLES = 100 if os.environ.get("CHAOS") == "1" else 4
+
+
 # --- coming and going -------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +175,44 @@ def test_engines_are_served_soon_after_they_come_and_not_after_they_go(place: Pl
 
         until(lambda: not models(port) & wanted, "the engines are listed no more", _SOON_SECONDS)
     place.assert_nothing_left()
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("command", ["serve", "up"])
+def test_a_sage_that_lives_on_while_engines_die_and_come_holds_no_more_than_at_first(
+    place: Place, command: str
+) -> None:
+    place.write(engine(place, "chat"))
+    port = place.spare[0]
+    words = {"serve": ("serve",), "up": ("up", str(place.manifests), "-y")}[command]
+    with place.started(*words, "--port", str(port)) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("serving "):
+            pass
+
+        def cycle() -> None:
+            place.apply()
+            until(lambda: ask(port, _CHAT, _asked(served(place, "chat"))).status == 200, "the engine is served")
+            kill(place.pids()["lab/chat"])
+            until(lambda: ask(port, _CHAT, _asked(served(place, "chat"))).status != 200, "its end is known")
+
+        assert_holds_no_more_after(process.pid, cycle, cycles=CYCLES)
+        place.apply()
+        assert_serves_what_is_ready(place, port)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def test_an_engine_that_still_loads_or_hangs_is_not_listed(place: Place) -> None:
+    place.write(engine(place, "chat"), engine(place, "loads", "--never-ready"), engine(place, "hangs"))
+    place.apply("--no-wait")
+    place.sage("wait", "lab/chat", "lab/hangs", "-p", place.project)
+    os.kill(place.pids()["lab/hangs"], signal.SIGSTOP)
+    with serving(place) as (_, port):
+        until(
+            lambda: models(port) & mine(place, "chat", "loads", "hangs") == mine(place, "chat"), "chat alone is listed"
+        )
 
 
 def test_policy_that_was_edited_is_served_without_a_restart(place: Place) -> None:
@@ -202,7 +247,8 @@ def test_router_that_was_killed_knows_everything_again_at_once(place: Place) -> 
 
 
 def test_losing_the_state_directory_fails_no_request(place: Place) -> None:
-    place.write(engine(place, "chat"))
+    """Who looks anew then goes by the engine's list of models: it names what clients ask for."""
+    place.write(engine(place, "chat", model=served(place, "chat")))
     place.apply()
     with serving(place) as (process, port), loaded(port, served(place, "chat")) as answers:
         mine = place.state / "routers" / f"{process.pid}.json"
