@@ -447,6 +447,20 @@ MUTANTS = (
         caught_by=("tests/core/test_gpu_plans.py", "tests/core/test_gpu_worlds.py"),
     ),
     Mutant(
+        bug="what depends on an engine without a place takes memory",
+        file="sage_reconcile/core/packing.py",
+        old="        places = () if self._is_barred(wish) else self._new_places(wish)\n",
+        new="        places = self._new_places(wish)\n",
+        caught_by=("tests/core/test_packing.py",),
+    ),
+    Mutant(
+        bug="a chain of dependencies breaks at an engine on the CPU",
+        file="sage_reconcile/core/placing.py",
+        old="if others & chained} - chained",
+        new="if False} - chained",
+        caught_by=("tests/core/test_gpu_worlds.py", "tests/scenarios"),
+    ),
+    Mutant(
         bug="an engine is placed on a closed device",
         file="sage_reconcile/core/puzzle.py",
         old='    if device.closed:\n        return f"closed: {device.closed}"\n',

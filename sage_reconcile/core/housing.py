@@ -13,7 +13,7 @@ from sage_reconcile.core.device_shares import called, engine_holders, foreign_ho
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.needs import device_count
 from sage_reconcile.core.observed import Engine, ObservedState, held_bytes
-from sage_reconcile.core.puzzle import Candidate, Puzzle, Seat, kind_of, numbers_of, why_not
+from sage_reconcile.core.puzzle import Candidate, Follower, Puzzle, Seat, kind_of, numbers_of, why_not
 from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.refusal import Refusal, Shortfall
 from sage_reconcile.core.slots import Packing
@@ -42,6 +42,7 @@ def seated(
     *,
     movable: tuple[Candidate, ...] = (),
     may_move: bool = True,
+    followers: tuple[Follower, ...] = (),
 ) -> Seating:
     """The best devices for the candidates. `leaving` are the processes that will be stopped, those of candidates too.
 
@@ -50,19 +51,41 @@ def seated(
     """
     if not candidates:
         return Seating(seats={}, refusals={})
-    puzzle = Puzzle(candidates=candidates, desired=desired, observed=observed, leaving=leaving, movable=movable)
+    puzzle = Puzzle(
+        candidates=candidates,
+        desired=desired,
+        observed=observed,
+        leaving=leaving,
+        movable=movable,
+        followers=followers,
+    )
     puzzle = puzzle.moving() if may_move else puzzle
     packing = puzzle.solved()
     seats: dict[EngineId, Seat] = {}
-    refused: dict[EngineId, Refusal] = {}
     tried: dict[tuple[object, ...], Packing] = {}
+    refused = {
+        candidate.wanted.id: _refusal(candidate, puzzle, packing, tried)
+        for candidate in _to_refuse(puzzle.candidates, packing)
+    }
     for candidate in puzzle.candidates:
         place = packing.places[str(candidate.wanted.id)]
-        if place is None:
-            refused[candidate.wanted.id] = _refusal(candidate, puzzle, packing, tried)
-        elif not candidate.runs or set(place) != set(puzzle.home_of(candidate)):
+        if place is not None and (not candidate.runs or set(place) != set(puzzle.home_of(candidate))):
             seats[candidate.wanted.id] = puzzle.seat(candidate, place)
     return Seating(seats=seats, refusals=refused, proved=packing.proved)
+
+
+def _to_refuse(candidates: tuple[Candidate, ...], packing: Packing) -> list[Candidate]:
+    """Those without a place, but for those that wait for one of them: that one's refusal is the reason of theirs.
+
+    What waits for each other in a circle, as a restore may have it, is refused together.
+    """
+    left_out = [candidate for candidate in candidates if packing.places[str(candidate.wanted.id)] is None]
+    first = [
+        candidate
+        for candidate in left_out
+        if all(packing.places[str(other)] is not None for other in candidate.requires)
+    ]
+    return first or left_out
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -186,7 +209,7 @@ def _would_help(
     for pid, name in _foreign_holders(puzzle):
         if _helps(replace(quick, without_pids=frozenset({pid})), candidate, packing):
             found.append(f"without foreign pid {pid} ({name})")
-    for engine in _engines_that_hold(puzzle):
+    for engine in _engines_that_hold(puzzle, _waited_for(wanted, puzzle.desired)):
         if of_one_engine(engine.id, wanted.id):
             continue  # No manifest asks for one replica without another.
         if _helps(replace(quick, without_engines=frozenset({engine.leader})), candidate, packing):
@@ -218,10 +241,25 @@ def _foreign_holders(puzzle: Puzzle) -> list[tuple[int, str]]:
     return sorted(sizes, key=lambda key: (-sizes[key], key))[:_MOST_HOLDERS_TRIED]
 
 
-def _engines_that_hold(puzzle: Puzzle) -> list[Engine]:
+def _waited_for(wanted: Wanted, desired: DesiredState) -> set[str]:
+    """All that it depends on, as "stack/name": without these it does not start."""
+    names = {f"{one.id.stack}/{one.id.name}": one.depends_on for one in desired.wanted}
+    found: set[str] = set()
+    todo = list(wanted.depends_on)
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += names.get(name, ())
+    return found
+
+
+def _engines_that_hold(puzzle: Puzzle, spared: set[str]) -> list[Engine]:
+    """Those that hold most first, but for the spared."""
     sizes = {
         engine.leader: (sum(held_bytes(engine, device.uuid) for device in puzzle.devices), engine)
         for engine in puzzle.staying
+        if f"{engine.id.stack}/{engine.id.name}" not in spared
     }
     holding = [(size, engine) for size, engine in sizes.values() if size]
     return [engine for _, engine in sorted(holding, key=lambda entry: (-entry[0], entry[1].id, entry[1].leader))][

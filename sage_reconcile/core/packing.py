@@ -6,7 +6,7 @@ seconds, so that the same input gives the same packing on every machine.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 from sage_reconcile.core.slots import Cost, Item, Packing, Slot
@@ -61,10 +61,13 @@ class _Wish:
     kept: _Used
     # What that takes at least, and its sum of squares: only from devices that cannot become over-full.
     stays_least: tuple[int, int]
+    # What it requires, and what requires it, of those that come before it in the search.
+    requires: tuple[int, ...] = ()
+    required_by: tuple[int, ...] = ()
 
 
 def _wishes(slots: tuple[Slot, ...], items: tuple[Item, ...]) -> tuple[_Wish, ...]:
-    """The items in the order of the search: what runs before all else, the largest first."""
+    """The items in the order of the search: what runs before all else, what others require, the largest first."""
     held = [0] * len(slots)
     for item in items:
         assert len(item.need_bytes) == len(slots), item.key
@@ -86,7 +89,34 @@ def _wishes(slots: tuple[Slot, ...], items: tuple[Item, ...]) -> tuple[_Wish, ..
                 stays_least=(sum(sure), sum(size * size for size in sure)),
             )
         )
-    return tuple(sorted(wishes, key=_order))
+    depths = _depths(items)
+    return _joined(sorted(wishes, key=lambda wish: _order(wish, depths[wish.item.key])))
+
+
+def _depths(items: tuple[Item, ...]) -> dict[str, int]:
+    """How long the longest chain of what an item requires is; in a circle, something."""
+    depths = {item.key: 0 for item in items}
+    for _ in items:
+        depths = {
+            item.key: max((depths[key] + 1 for key in item.requires if key in depths), default=0) for item in items
+        }
+    return depths
+
+
+def _joined(wishes: list[_Wish]) -> tuple[_Wish, ...]:
+    """The wishes, each with what it requires and what requires it, as far as that comes before it."""
+    numbers = {wish.item.key: number for number, wish in enumerate(wishes)}
+    pairs = [
+        (number, numbers[key]) for number, wish in enumerate(wishes) for key in wish.item.requires if key in numbers
+    ]
+    return tuple(
+        replace(
+            wish,
+            requires=tuple(other for mine, other in pairs if mine == number > other),
+            required_by=tuple(other for other, mine in pairs if mine == number > other),
+        )
+        for number, wish in enumerate(wishes)
+    )
 
 
 def _kept(item: Item) -> _Used:
@@ -105,7 +135,7 @@ def _rows(slots: tuple[Slot, ...], item: Item) -> tuple[tuple[int, ...], ...]:
     return tuple(row for row in rows if len(row) >= item.count)
 
 
-def _order(wish: _Wish) -> tuple[bool, int, int, str]:
+def _order(wish: _Wish, depth: int) -> tuple[bool, int, int, int, str]:
     """What runs comes first, so that the first answers move nothing, and to move is tried where something is left out.
 
     Behind what is new it would give way to that: of 100 instances where all may move 14 ended with more left out, 4
@@ -113,7 +143,7 @@ def _order(wish: _Wish) -> tuple[bool, int, int, str]:
     """
     item = wish.item
     least = min((sum(item.need_bytes[device] for device in row[: item.count]) for row in wish.rows), default=0)
-    return not item.runs, -least, -item.count, item.key
+    return not item.runs, depth, -least, -item.count, item.key
 
 
 @dataclass(slots=True, kw_only=True)
@@ -223,12 +253,22 @@ class _Search:
     def _choices(self, wish: _Wish) -> Iterator[_Place]:
         """The places that the item can have now, those that look best first; to be left out is the last resort."""
         item = wish.item
-        choices = [place for place in self._new_places(wish) if not _stays(wish, place)]
+        places = () if self._is_barred(wish) else self._new_places(wish)
+        choices = [place for place in places if not _stays(wish, place)]
         if item.runs and self._may_stay(wish):
             choices.append(wish.home)
         yield from sorted(choices, key=lambda place: self._rank(wish, place))
-        if not item.runs and self._may_keep(wish):
+        if self._may_be_left_out(wish):
             yield None
+
+    def _is_barred(self, wish: _Wish) -> bool:
+        """Whether something that it requires is left out."""
+        return any(number < len(self._places) and self._places[number] is None for number in wish.requires)
+
+    def _may_be_left_out(self, wish: _Wish) -> bool:
+        """Whether nothing that has a place requires it, and what it holds can stay."""
+        required = any(number < len(self._places) and self._places[number] is not None for number in wish.required_by)
+        return not wish.item.runs and not required and self._may_keep(wish)
 
     def _new_places(self, wish: _Wish) -> Iterator[tuple[int, ...]]:
         """Where it fits. Of places that differ only by devices that nothing tells apart, one is enough."""
@@ -270,7 +310,8 @@ class _Search:
     def _bound(self, depth: int, cost: Cost) -> Cost | None:
         """No packing below this node costs less; None if there is none below.
 
-        Memory only ever gets less. 1. An item that fits nowhere now is left out. 2. Of the others no more are placed
+        Memory only ever gets less. 1. An item that fits nowhere now is left out, and so is one that requires something
+        that is. 2. Of the others no more are placed
         than all free memory together holds, the smallest first; but what runs is placed. 3. What runs and cannot stay
         is moved. 4. If only those of 1. are left out, others that cannot come home stray. 5. Then also, an item that
         is placed where f is free takes 2fx - x*x from the sum of squares, at least x*x, since x <= f.
@@ -279,9 +320,9 @@ class _Search:
         sizes, squares, left_out, moves, strays = [], 0, 0, 0, 0
         for wish in self.wishes[depth:]:
             stays = wish.item.runs and self._may_stay(wish)
-            least = self._least(wish, stays)
+            least = None if self._is_barred(wish) else self._least(wish, stays)
             if least is None:
-                if wish.item.runs or not self._may_keep(wish):
+                if not self._may_be_left_out(wish):
                     return None
                 left_out += 1
                 continue

@@ -18,7 +18,7 @@ from sage_reconcile.core.needs import Claim, Need, model_fact, need_of, program_
 from sage_reconcile.core.observed import Engine, ObservedState, held_bytes, spec_of
 from sage_reconcile.core.placement import Taken, placement, port_of
 from sage_reconcile.core.plan import Blocked
-from sage_reconcile.core.puzzle import Candidate, Seat
+from sage_reconcile.core.puzzle import Candidate, Follower, Seat
 from sage_reconcile.core.refusal import Refusal
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes import program_of, runtime_of
@@ -56,11 +56,20 @@ def placed(
     # (2)
     leaving = {engine.leader for change in changes for engine in change.stops}
     wanting = [change for change in changes if change.start is not None and _wants_devices(change.start)]
-    candidates = tuple(_candidate(change, observed) for change in wanting)
+    requires = _chains(changes)
+    candidates = tuple(replace(_candidate(change, observed), requires=requires.pop(change.id)) for change in wanting)
     movable = _movable(found, desired, observed) if moves != "never" and candidates else ()
     settled = {candidate.wanted.id for candidate in candidates}
     movable = tuple(candidate for candidate in movable if candidate.wanted.id not in settled)
-    seating = seated(candidates, desired, observed, leaving, movable=movable, may_move=moves == "allowed")
+    seating = seated(
+        candidates,
+        desired,
+        observed,
+        leaving,
+        movable=movable,
+        may_move=moves == "allowed",
+        followers=tuple(Follower(id=engine, requires=others) for engine, others in sorted(requires.items())),
+    )
     if seating.refusals:
         at = {change.id: change.start.at for change in wanting if change.start is not None}
         return Placed(
@@ -95,6 +104,23 @@ def _wants_devices(wanted: Wanted) -> bool:
     if wanted.pin is not None:
         return bool(wanted.pin.resolved.placement.devices)
     return needs_gpu(wanted.spec)
+
+
+def _chains(changes: list[Change]) -> dict[EngineId, tuple[EngineId, ...]]:
+    """Which starts require which others: of those that want devices, or wait for one that does.
+
+    Where something runs now, that goes on if its successor has no place: nothing requires that.
+    """
+    starting = {change.id: change.start for change in changes if change.start is not None}
+    absent = [change.id for change in changes if not any(engine.leader_alive for engine in change.stops)]
+    requires = {
+        engine: {other for other in absent if other in starting and f"{other.stack}/{other.name}" in wanted.depends_on}
+        for engine, wanted in starting.items()
+    }
+    chained = {engine for engine, wanted in starting.items() if _wants_devices(wanted)}
+    while more := {engine for engine, others in requires.items() if others & chained} - chained:
+        chained |= more
+    return {engine: tuple(sorted(requires[engine] & chained)) for engine in chained}
 
 
 def _candidate(change: Change, observed: ObservedState) -> Candidate:

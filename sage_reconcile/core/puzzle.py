@@ -24,6 +24,16 @@ class Candidate:
     takes_slices: bool = True
     # Whether it runs as it should, and wants another place only to make room: it is never left without one.
     runs: bool = False
+    # What must have a place, too: engines that it depends on, and that do not run.
+    requires: tuple[EngineId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Follower:
+    """An engine that wants no devices, and starts only if others do: it counts among those that have a place."""
+
+    id: EngineId
+    requires: tuple[EngineId, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +60,7 @@ class Puzzle:
     budget_nodes: int | None = None
     # Engines that run as they should, and would be candidates too if they might be moved.
     movable: tuple[Candidate, ...] = ()
+    followers: tuple[Follower, ...] = ()
 
     def moving(self) -> "Puzzle":
         """The same problem where what may be moved is."""
@@ -122,6 +133,11 @@ class Puzzle:
             for device in self.devices
         )
         items = tuple(self._item(candidate) for candidate in self.candidates)
+        nothing = tuple(0 for _ in slots)
+        items += tuple(
+            Item(key=str(one.id), need_bytes=nothing, count=0, allowed=(), requires=tuple(map(str, one.requires)))
+            for one in self.followers
+        )
         numbers = {device.uuid: number for number, device in enumerate(self.devices)}
         present = tuple(
             (_group(engine.id), numbers[uuid])
@@ -149,6 +165,7 @@ class Puzzle:
             ),
             runs=candidate.runs,
             group=_group(candidate.wanted.id),
+            requires=tuple(map(str, candidate.requires)),
         )
 
     def seat(self, candidate: Candidate, place: tuple[int, ...]) -> Seat:

@@ -35,6 +35,8 @@ class Item:
     runs: bool = False
     # Items of one group (the replicas of an engine) rather have different devices.
     group: str = ""
+    # Keys of items without which it is worth nothing: it has a place only if they all have one. What runs has none.
+    requires: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

@@ -20,10 +20,11 @@ from sage_reconcile.core.cures import of_one_engine
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.facts import FootprintFact, Gap, ModelFact
 from sage_reconcile.core.identity import EngineId
-from sage_reconcile.core.needs import footprint_key
+from sage_reconcile.core.needs import footprint_key, shape_of
 from sage_reconcile.core.observed import Device, Engine, ObservedState, observed_json, parse_observed
 from sage_reconcile.core.plan import Plan, PlanOptions, StartEngine, StopEngine, after
 from sage_reconcile.core.planner import make_plan, restore_target
+from sage_reconcile.core.runtimes import runtime_of
 from sage_reconcile.core.spec import written_fields
 from sage_reconcile.drive.reconciler import apply_plan
 from tests.builders import GIB, dead, desired, gpu, gpu_world, mig_slice, on_gpus, running, shape, wanted
@@ -178,7 +179,7 @@ def random_footprints(rng: random.Random, want: DesiredState, observed: Observed
     for one in want.wanted:
         if one.spec.use_gpu and observed.devices and rng.random() < 0.3:
             fact = FootprintFact(
-                key=footprint_key(one.spec),
+                key=footprint_key(one.spec, told=runtime_of(one.spec).tells(one.spec, shape_of(one.spec, observed))),
                 device_name=rng.choice(observed.devices).name,
                 version="",
                 peak_bytes=rng.choice(SIZES) * GIB,
@@ -441,48 +442,80 @@ def small(rng: random.Random) -> tuple[DesiredState, ObservedState]:
         if rng.random() < 0.8:
             fields = random_fields(rng, devices)
             fields.pop("model", None) if fields.get("model") in ("org/known", "/models/known.gguf") else None
-            wishes.append(wanted(name, **{"gpu_memory": f"{size}GiB", "use_gpu": True, **fields, "devices": None}))
+            fields["depends_on"] = tuple(str(one.id) for one in wishes if rng.random() < 0.25)
+            fields = {"gpu_memory": f"{size}GiB", "use_gpu": True, **fields, "devices": None}
+            if rng.random() < 0.15:
+                fields = {"use_gpu": False, "model": "/models/cpu.gguf", "depends_on": fields["depends_on"]}
+            wishes.append(wanted(name, **fields))
     return desired(*wishes), gpu_world(devices, *engines)
 
 
 def need(one: Wanted, device: Device) -> int:
-    """What a manifest asks of a device by its documents: a size or a share, and the context of a vLLM beside it."""
+    """What a manifest asks of a device by its documents: a size or a share, and the context of a vLLM beside it.
+
+    Its start waits for what its own dead process has not given back, all of it.
+    """
     spec = one.spec
     context = 0 if spec.runtime != "vllm" else round((0.9 if spec.tensor_parallel > 1 else 0.5) * GIB)
     wish = spec.gpu_memory
     size = int(wish * device.total_bytes) if isinstance(wish, float) else int(wish.removesuffix("B"))
     own = sum(entry.held_bytes for entry in device.lingering if entry.engine == one.id)
-    return max(size + context - own, 0)
+    return size + context - own
 
 
 def stays(one: Wanted, engine: Engine | None) -> bool:
-    """Whether it runs as it is wanted; a label is no reason to start it anew."""
-    if engine is None:
-        return False
-    fields = (written_fields(one.spec), written_fields(as_it_runs(engine).spec))
-    old, new = ({name: value for name, value in entry.items() if value and name != "label"} for entry in fields)
-    return old == new
+    """Whether it runs as it is wanted; a label and what it waits for are no reason to start it anew."""
+    return engine is not None and set(differing(one, engine)) <= {"label", "depends_on"}
 
 
-def everything_fits(want: DesiredState, now: ObservedState, *, moves: bool) -> bool:
-    """Whether all that is wanted has a place, by trying every place of every engine."""
+def differing(one: Wanted, engine: Engine) -> list[str]:
+    """The fields in which what is wanted is not as it runs."""
+    new, old = written_fields(one.spec), written_fields(as_it_runs(engine).spec)
+    return [name for name in {**new, **old} if (new.get(name) or None) != (old.get(name) or None)]
+
+
+def fewest_left_out(want: DesiredState, now: ObservedState, *, moves: bool) -> int:
+    """Of all that is wanted, how many cannot be had at the least, by trying every place of every engine and none."""
     runs = {engine.id: engine for engine in now.engines}
     settled = {one.id for one in want.wanted if stays(one, runs.get(one.id))}
-    choices: list[list[tuple[int, ...]]] = []
-    asking = [one for one in want.wanted if one.spec.use_gpu and (moves or one.id not in settled)]
+    choices: list[list[tuple[int, ...] | None]] = []
+    # What gets a new label in the same plan is not moved by it.
+    movable = {one.id for one in want.wanted if moves and one.id in settled and not differing(one, runs[one.id])}
+    asking = [one for one in want.wanted if one.id not in settled or (one.id in movable and one.spec.use_gpu)]
     for one in asking:
-        count = one.spec.tensor_parallel
-        groups = [
+        count = one.spec.tensor_parallel if one.spec.use_gpu else 0
+        groups: list[tuple[int, ...] | None] = [
             group
             for group in combinations(range(len(now.devices)), count)
-            if len({(now.devices[number].name, now.devices[number].total_bytes) for number in group}) == 1
+            if len({(now.devices[number].name, now.devices[number].total_bytes) for number in group}) <= 1
             and not any(now.devices[number].closed for number in group)
         ]
         if one.id in settled:
             groups = [home_of(runs[one.id], now), *(group for group in groups if group != home_of(runs[one.id], now))]
+        else:
+            groups.append(None)
         choices.append(groups)
-    staying = [engine for engine in now.engines if engine.id in settled and not moves]
-    return any(fits(asking, groups, staying, settled, runs, now) for groups in product(*choices))
+    staying = [engine for engine in now.engines if engine.id in settled and engine.id not in {one.id for one in asking}]
+    return min(
+        groups.count(None)
+        for groups in product(*choices)
+        if stand_together(asking, groups, runs, settled) and fits(asking, groups, staying, settled, runs, now)
+    )
+
+
+def stand_together(
+    asking: list[Wanted],
+    groups: tuple[tuple[int, ...] | None, ...],
+    runs: dict[EngineId, Engine],
+    settled: set[EngineId],
+) -> bool:
+    """Whether all that something new depends on has a place, too, or runs already."""
+    missing = {str(one.id) for one, group in zip(asking, groups, strict=True) if group is None and one.id not in runs}
+    return not any(
+        missing & set(one.depends_on)
+        for one, group in zip(asking, groups, strict=True)
+        if group is not None and one.id not in settled
+    )
 
 
 def home_of(engine: Engine, now: ObservedState) -> tuple[int, ...]:
@@ -492,7 +525,7 @@ def home_of(engine: Engine, now: ObservedState) -> tuple[int, ...]:
 
 def fits(
     asking: list[Wanted],
-    groups: tuple[tuple[int, ...], ...],
+    groups: tuple[tuple[int, ...] | None, ...],
     staying: list[Engine],
     settled: set[EngineId],
     runs: dict[EngineId, Engine],
@@ -502,7 +535,9 @@ def fits(
         holds = sum(counted(engine, device.uuid) for engine in staying)
         arrives = False
         for one, group in zip(asking, groups, strict=True):
-            if number not in group:
+            if group is None and one.id in runs:
+                holds += counted(runs[one.id], device.uuid)
+            if group is None or number not in group:
                 continue
             at_home = one.id in settled and group == home_of(runs[one.id], now)
             arrives |= not at_home
@@ -513,17 +548,20 @@ def fits(
 
 
 @pytest.mark.parametrize("moves", [False, True])
-def test_nothing_is_refused_where_there_is_a_place_for_everything(moves: bool) -> None:
-    complete = moved = 0
+def test_no_more_is_refused_than_must_be(moves: bool) -> None:
+    complete = moved = waiting = 0
     count = INSTANCES // 2 if moves else INSTANCES
     for seed in range(count):
         want, now = small(random.Random(seed))
+        if any(need(one, device) < 0 for one in want.wanted for device in now.devices if one.spec.use_gpu):
+            continue  # What comes back beyond what it takes is nobody's before it is back.
         plan = make_plan(want, now, PlanOptions(allow_moves=moves))
-        assert (plan.blocked == ()) == everything_fits(want, now, moves=moves), f"seed {seed}"
+        assert len(plan.blocked) == fewest_left_out(want, now, moves=moves), f"seed {seed}"
         assert audit(plan, want, now) == (), f"seed {seed}"
         complete += not plan.blocked
         moved += any(step.action == "move" for step in plan.steps)
-    assert count / 4 < complete < count
+        waiting += any(entry.reason == "dependency" for entry in plan.blocked)
+    assert count / 4 < complete < count and waiting > count / 50
     assert not moves or moved >= count // 300
 
 

@@ -28,7 +28,7 @@ def everything(slots: tuple[Slot, ...], items: tuple[Item, ...], present: tuple[
 def places_of(slots: tuple[Slot, ...], item: Item) -> list[tuple[int, ...] | None]:
     """All places, whether there is room or not."""
     places: list[tuple[int, ...] | None] = [
-        place for place in combinations(item.allowed, item.count) if len({slots[device].kind for device in place}) == 1
+        place for place in combinations(item.allowed, item.count) if len({slots[device].kind for device in place}) <= 1
     ]
     if not item.runs:
         return [*places, None]
@@ -42,7 +42,13 @@ def cost_of(
     places: tuple[tuple[int, ...] | None, ...],
     present: tuple[tuple[str, int], ...],
 ) -> Cost | None:
-    """What a packing costs; None when a device that gets something new has more on it than is free."""
+    """What a packing costs; None when a device that gets something new has more on it than is free.
+
+    Or when something has a place without all that it requires.
+    """
+    there = {item.key for item, place in zip(items, places, strict=True) if place is not None}
+    if any(item.key in there and not set(item.requires) <= there for item in items):
+        return None
     free = [slot.free_bytes for slot in slots]
     on: list[list[str]] = [[group for group, device in present if device == number] for number in range(len(slots))]
     new_on = set()
@@ -121,7 +127,24 @@ def instance(rng: random.Random, most_slots: int, most_items: int) -> tuple[tupl
         )
     # Others took memory since.
     grown = tuple(replace(slot, free_bytes=slot.free_bytes - rng.choice((0,) * 9 + (5, 30))) for slot in slots)
-    return grown, tuple(items)
+    return grown, bound_together(rng, tuple(items))
+
+
+def bound_together(rng: random.Random, items: tuple[Item, ...]) -> tuple[Item, ...]:
+    """Some of what does not run requires others, in chains and in circles; some of that wants no device."""
+    keys = [item.key for item in items if not item.runs]
+    if rng.random() < 0.5:
+        return items
+    return tuple(
+        item
+        if item.runs or rng.random() < 0.5
+        else replace(
+            item,
+            requires=tuple(key for key in rng.sample(keys, min(len(keys), rng.choice((1, 1, 2)))) if key != item.key),
+            **({"count": 0, "allowed": ()} if not item.home and rng.random() < 0.2 else {}),
+        )
+        for item in items
+    )
 
 
 def needs(rng: random.Random, slots: tuple[Slot, ...]) -> tuple[int, ...]:
@@ -309,6 +332,21 @@ def test_what_runs_is_moved_only_to_place_one_more_and_as_few_as_can_be() -> Non
     found = placed(*running, item("new", 60, slots=2), slots=2)
     assert (found.cost.left_out, found.cost.moves) == (0, 1)
     assert placed(*running, item("new", 90, slots=2), slots=2).cost.moves == 0
+
+
+def test_what_requires_something_has_no_place_without_it() -> None:
+    base = item("base", 75, slots=1)
+    assert placed(base, item("on it", 9, slots=1, requires=("base",)), slots=1).places == {"base": (0,), "on it": None}
+    both = (item("on it", 40, slots=1, requires=("base",)), item("too", 20, slots=1, requires=("base",)))
+    assert placed(base, *both, slots=1).places == {"base": (0,), "on it": None, "too": None}
+    assert placed(item("base", 90, slots=1), *both, slots=1).places == {"base": None, "on it": None, "too": None}
+
+
+def test_what_wants_no_device_counts_among_those_that_have_a_place() -> None:
+    """Only one of the two has room. With the first something starts on the CPU, too."""
+    follower = Item(key="follower", need_bytes=(0,), count=0, allowed=(), requires=("a",))
+    found = placed(item("a", 50, slots=1), item("b", 60, slots=1), follower, slots=1)
+    assert found.places == {"a": (0,), "b": None, "follower": ()}
 
 
 def test_what_is_left_out_keeps_what_it_has() -> None:
