@@ -171,6 +171,8 @@ _FIELDS = (
     field_of("memory .nan", "gpu_memory: .nan", ".nan is not a finite number", "6:17"),
     field_of("memory inf", "gpu_memory: inf", 'gpu_memory: "inf" is not a size'),
     field_of("memory without a unit", "gpu_memory: 16", "gpu_memory: 16 has no unit"),
+    field_of("memory in the wrong unit", "gpu_memory: 24MiB", "24MiB is too little for any model"),
+    field_of("a share of nearly nothing", "gpu_memory: 0.00085", "0.00085 of a GPU is too little for any model"),
     field_of("memory as a list", "gpu_memory: [1]", 'gpu_memory must be "auto", a size such as "24GiB"'),
     field_of("older memory as a text", "required_memory_gb: '16'", "required_memory_gb must be a number"),
     one(

@@ -170,9 +170,11 @@ def _share(memory: int, context: int, device: Device, source: str, fraction: flo
     """A claim; without a fraction, the one that the memory is.
 
     What is computed is told in full, and counted as it is told: a vLLM whose cache is a few tokens short of one whole
-    sequence does not start. Of all else, told is no more than that.
+    sequence does not start. Of all else, told is no more than that, but for what is less than can be told at all.
     """
     scale: int = 10**_FRACTION_DIGITS
+    if (memory / device.total_bytes if fraction is None else fraction) < 1 / scale:
+        memory, fraction = -(-device.total_bytes // scale), 1 / scale
     if fraction is None and source != "computed":
         fraction = rounded_down(memory / device.total_bytes)
     elif fraction is None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 
+from sage_reconcile.core.quantities import bytes_of, size_text
 from sage_reconcile.core.runtimes import is_served, runtime_of
 from sage_reconcile.core.spec import (
     LONGEST_SPEC_BYTES,
@@ -28,6 +29,9 @@ from sage_reconcile.world.yaml_scan import MOST_PROBLEMS, Path
 NOT_SERVED_HINT = "remove it: this version of sage would not act on it"
 _PLACEHOLDERS = ("port", "host", "model", "devices", "memory_bytes", "memory_fraction")
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+# A CUDA context alone takes more, on any GPU.
+_LEAST_BYTES = 64 * 1024**2
+_LEAST_SHARE = 0.001
 _SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 # What stands in a secret's place without being one: paths, references, and the words that servers take for "none".
 _NOT_SECRET = re.compile(r"(?:/|\./|\.\./|~/|\$).*|(?:empty|none|null|dummy|true|false|[0-9]{1,3})?", re.I | re.S)
@@ -131,6 +135,7 @@ def _gpu_problems(entry: Entry) -> Iterator[Problem]:
         if device in (spec.devices or ())[:index]:
             yield fields.problem(("devices", index), f"the device {device} is named twice", "name it once")
     if needs_gpu(spec):
+        yield from _memory_problems(entry)
         return
     without_effect = {
         "devices": spec.devices is not None,
@@ -141,6 +146,17 @@ def _gpu_problems(entry: Entry) -> Iterator[Problem]:
     for name in (name for name, written in without_effect.items() if written):
         message = f"{fields.name((name,))} has no effect on an engine without a GPU"
         yield fields.problem((name,), message, "set use_gpu: true")
+
+
+def _memory_problems(entry: Entry) -> Iterator[Problem]:
+    """A budget that no model could be served with: a slip, such as 24MiB for 24GiB."""
+    wish = entry.spec.gpu_memory
+    if wish == "auto" or not is_served(entry.spec) or not runtime_of(entry.spec).budgeted:
+        return
+    if wish < _LEAST_SHARE if isinstance(wish, float) else bytes_of(wish) < _LEAST_BYTES:
+        size = f"{wish:g} of a GPU" if isinstance(wish, float) else size_text(bytes_of(wish))
+        message = f"{size} is too little for any model, with its cache and all that it computes"
+        yield entry.fields.problem(("gpu_memory",), message, 'write as much as it needs, such as "24GiB", or auto')
 
 
 def _runtime_problems(entry: Entry) -> Iterator[Problem]:

@@ -30,6 +30,17 @@ def begins_before(plan: Plan, first: str, second: str) -> bool:
 # --- mistakes that were made ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("runtime", ["vllm", "sglang"])
+@pytest.mark.parametrize("total", [24, 80, 273])
+@pytest.mark.parametrize("wish", ["1MiB", "5MiB", "15MiB", "30MiB", 1e-05, 0.0002])
+def test_the_least_share_that_can_be_told_is_what_is_planned(runtime: str, total: float, wish: str | float) -> None:
+    """2026-11-25: a share has four digits, and less than 0.0001 of a GPU was planned and more of it told."""
+    now = gpu_world((gpu(0, total),))
+    want = desired(wanted("lab/a", model="org/m", runtime=runtime, use_gpu=True, gpu_memory=wish))
+
+    assert audit(make_plan(want, now), want, now) == ()
+
+
 def test_what_is_kept_free_stays_free_while_a_plan_is_carried_out() -> None:
     """2026-11-25: the order of acts knew nothing of device_reserve, so a start took it until the next stop."""
     full = gpu(0, 24)
