@@ -4,15 +4,17 @@ Goes in: engines that should start, and what runs. Comes out: devices for each, 
 found by searching again with one thing relaxed. Must not know: runtimes, ports, acts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from sage_reconcile.core.compare import listed
 from sage_reconcile.core.cures import Trial, cures_in_its_manifest, of_one_engine
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.device_shares import called, engine_holders, foreign_holders, holders_text
+from sage_reconcile.core.facts import Gap
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.needs import device_count
-from sage_reconcile.core.observed import Engine, ObservedState, held_bytes
+from sage_reconcile.core.observed import Engine, ObservedState, held_bytes, is_about
 from sage_reconcile.core.puzzle import Candidate, Follower, Puzzle, Seat, kind_of, numbers_of, why_not
 from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.refusal import Refusal, Shortfall
@@ -111,18 +113,33 @@ def out_of_the_question(wanted: Wanted, observed: ObservedState, *, made_up_will
         )
     names = wanted.pin.resolved.placement.devices if wanted.pin is not None else wanted.spec.devices
     missing = [name for name in names or () if not numbers_of(observed.devices, (name,))]
+    reason = "not_observed" if _hidden(observed, missing) else "device_pin"
+    which = listed([f"{_device_name(name)}, {_why_missing(name, observed)}" for name in missing]) if missing else ""
     if missing and wanted.pin is not None:
-        return Refusal(reason="device_pin", why=f"it ran on {', '.join(map(str, missing))}, which is not seen any more")
+        return Refusal(reason=reason, why=f"it ran on {which}")
     if missing and len(names or ()) - len(missing) < device_count(wanted.spec):
         there = ", ".join(f"{device.index} ({device.uuid})" for device in observed.devices)
         begins = any(device.uuid.startswith(name) for device in observed.devices for name in map(str, missing))
         in_full = ": a UUID is written in full" if begins else ""
         return Refusal(
-            reason="device_pin",
-            why=f"it is pinned to {', '.join(_device_name(name) for name in missing)}, which is not there{in_full}",
+            reason=reason,
+            why=f"it is pinned to {which}{in_full}",
             would_help=(f"devices: from {there}", "no devices: any will do"),
         )
     return None
+
+
+def _hidden(observed: ObservedState, names: Iterable[int | str] | None) -> tuple[Gap, ...]:
+    """Devices that are there and cannot be seen, of those with these names, or of all: one might have room."""
+    unseen = [gap for gap in observed.gaps if gap.what == "device"]
+    return tuple(gap for gap in unseen if names is None or any(is_about(gap, name) for name in names))
+
+
+def _why_missing(name: int | str, observed: ObservedState) -> str:
+    gaps = [gap for gap in observed.gaps if gap.what in ("device", "lost device") and is_about(gap, name)]
+    if not gaps:
+        return "which is not there"
+    return "which the driver has lost" if gaps[0].what == "lost device" else f"and {gaps[0].why}"
 
 
 def _device_name(name: int | str) -> str:
@@ -145,9 +162,12 @@ def _refusal(
     names = [f"gpu{puzzle.devices[number].index}" for number in sorted(pinned or ())]
     among = f" of {', '.join(names)}" if names else ""
     alike = ", and not as many of one kind" if fitting >= count else ""
+    hidden = _hidden(puzzle.observed, None if pinned is None else candidate.wanted.spec.devices)
+    unseen = f", and {listed([gap.why for gap in hidden])}" if hidden else ""
+    reason = "memory" if pinned is None or len(pinned) >= count else "device_pin"
     return Refusal(
-        reason="memory" if pinned is None or len(pinned) >= count else "device_pin",
-        why=f"{wants}{among}, {found}{alike}",
+        reason="not_observed" if hidden else reason,
+        why=f"{wants}{among}, {found}{alike}{unseen}",
         devices=shortfalls,
         would_help=_would_help(candidate, puzzle, packing, shortfalls, tried),
     )

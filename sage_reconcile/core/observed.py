@@ -237,6 +237,11 @@ def model_of(engine: Engine) -> str:
     return str(written.get("served_name") or written.get("model") or "?")
 
 
+def is_about(gap: Gap, device: int | str) -> bool:
+    """Whether a gap of a device is about the one of this index or UUID. A device that told its UUID has that alone."""
+    return gap.subject == str(device) or (isinstance(device, int) and gap.why.startswith(f"gpu{device} "))
+
+
 def pids_not_given_back(devices: Iterable[Device]) -> set[int]:
     """The pids of dead engines whose memory is not back: their records tell whose it is, and keep devices closed."""
     return {entry.pid for device in devices for entry in device.lingering}

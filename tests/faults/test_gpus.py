@@ -432,6 +432,37 @@ def test_g4_gpu_that_cannot_be_seen_is_not_lost(place: Place) -> None:
     assert place.pids()["lab/chat"] == pids["lab/chat"]
 
 
+def test_g4_what_only_the_unseen_gpu_could_have_room_for_waits_until_it_is_seen(place: Place) -> None:
+    """2026-11-25: it was "not there", and the plan ended as infeasible (4) and not as incomplete (11)."""
+    fault = Fault(gpu=1, call="nvmlDeviceGetMemoryInfo", code="NVML_ERROR_UNKNOWN")
+    place.gpus(*TWO, fault)
+    engines = (
+        place.gpu_fake("here", mib=1000, devices=[0]),
+        place.gpu_fake("pinned", mib=1000, devices=[1]),
+        place.gpu_fake("wide", mib=1000, tensor_parallel=2),
+        place.gpu_fake("large", mib=90_000),
+        place.gpu_fake("too-large-for-its-pin", mib=90_000, devices=[0]),
+    )
+    place.write(*engines)
+
+    plan = place.plan(expect=11)
+
+    assert blocked(plan) == {
+        "lab/pinned": "not_observed",
+        "lab/wide": "not_observed",
+        "lab/large": "not_observed",
+        "lab/too-large-for-its-pin": "memory",
+    }
+    whys = {entry["engine"]: entry["why"] for entry in plan["blocked"]}
+    assert whys["lab/pinned"] == "it is pinned to gpu1, and gpu1 cannot be seen: Unknown Error"
+    assert whys["lab/wide"] == "needs 2 GPUs x 1.0 GiB, 1 fits, and gpu1 cannot be seen: Unknown Error"
+
+    place.write(engines[0], engines[1])
+    place.gpus(*TWO, Fault(gpu=1, code="NVML_ERROR_GPU_IS_LOST"))
+    (entry,) = place.plan(expect=4)["blocked"]
+    assert (entry["reason"], entry["why"]) == ("device_pin", "it is pinned to gpu1, which the driver has lost")
+
+
 # --- G5: whose the memory is, is not told -----------------------------------------------------------------------------
 
 
