@@ -15,6 +15,7 @@ from itertools import combinations
 from typing import Any
 
 from sage_reconcile.core.facts import DeviceFact, DeviceProcess, Gap
+from sage_reconcile.errors import Usage
 from sage_reconcile.world.pending import Pending
 
 _LIBRARY = "libnvidia-ml.so.1"
@@ -64,28 +65,38 @@ class Gpus:
 
 
 def mock_devices(environment: Mapping[str, str]) -> tuple[DeviceFact, ...]:
-    """Made-up devices for trying things out: SAGE_GPU_MOCK_COUNT of SAGE_GPU_MOCK_MEMORY_GB (GiB, 24) each."""
-    count = _number(environment.get("SAGE_GPU_MOCK_COUNT"), 0.0)
-    size = max(_number(environment.get("SAGE_GPU_MOCK_MEMORY_GB"), _MOCK_MEMORY_GB), 1.0)
+    """Made-up devices for trying things out: SAGE_GPU_MOCK_COUNT of SAGE_GPU_MOCK_MEMORY_GB (GiB, 24) each, all alike.
+
+    Raises Usage where these are no numbers of that kind.
+    """
+    count = _number(environment, "SAGE_GPU_MOCK_COUNT", int, 0, 64) or 0
+    size = _number(environment, "SAGE_GPU_MOCK_MEMORY_GB", float, 1, 16_000) or _MOCK_MEMORY_GB
     return tuple(
         DeviceFact(
             index=index,
             uuid=f"MOCK-{index}",
-            name=f"Mock GPU {index}",
+            name="Mock GPU",
             total_bytes=int(size * 1024) * _MIB,
             reserved_bytes=0,
             used_bytes=0,
         )
-        for index in range(int(min(max(count, 0), 64)))
+        for index in range(int(count))
     )
 
 
-def _number(text: str | None, otherwise: float) -> float:
+def _number(
+    environment: Mapping[str, str], name: str, kind: type[int] | type[float], least: int, most: int
+) -> int | float | None:
+    """The number that a variable has; None where it is not set, or empty."""
+    text = environment.get(name, "")
     try:
-        value = float(text or "")
+        value = kind(text) if text else None
     except ValueError:
-        return otherwise
-    return value if 0 <= value < 1e6 else otherwise
+        value = -1
+    if value is not None and not least <= value <= most:
+        numbers = "whole number" if kind is int else "number"
+        raise Usage(f"{name} is {text[:40]!r}, which is not a {numbers} from {least} to {most}")
+    return value
 
 
 def _library_is_there() -> bool:

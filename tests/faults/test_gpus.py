@@ -566,6 +566,13 @@ def test_g6_without_nvml_gpu_engines_are_refused_and_others_are_managed(place: P
     place.assert_at_rest()
 
 
+def test_g6_made_up_gpus_are_of_one_kind(place: Place) -> None:
+    """2026-11-25: each had a name of its own, so that no engine could have two of them."""
+    place.write(place.gpu_fake("wide", mib=10_000, tensor_parallel=2))
+    ran = place.sage("plan", str(place.manifests), "-o", "json", SAGE_DISABLE_NVML="1", SAGE_GPU_MOCK_COUNT="2")
+    assert [step["device_indexes"] for step in json.loads(ran.stdout)["steps"]] == [[0, 1]]
+
+
 def test_g6_running_gpu_engine_is_kept_when_its_edit_comes_while_nvml_is_gone(place: Place) -> None:
     place.gpus(*TWO)
     place.write(place.gpu_fake("chat", mib=30_000))

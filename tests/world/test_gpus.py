@@ -242,9 +242,27 @@ def test_disabled_or_mocked_gpus_are_as_the_variables_say(box: Box) -> None:
     assert box.gpus(Gpu(index=0), SAGE_DISABLE_NVML="1")["devices"] == []
     mocked = box.gpus(Gpu(index=0), SAGE_DISABLE_NVML="true", SAGE_GPU_MOCK_COUNT="2", SAGE_GPU_MOCK_MEMORY_GB="48")
     assert [(d["name"], d["free_bytes"]) for d in mocked["devices"]] == [
-        ("Mock GPU 0", 48 * 1024 * MIB),
-        ("Mock GPU 1", 48 * 1024 * MIB),
+        ("Mock GPU", 48 * 1024 * MIB),
+        ("Mock GPU", 48 * 1024 * MIB),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("SAGE_GPU_MOCK_COUNT", "abc"),
+        ("SAGE_GPU_MOCK_COUNT", "1.5"),
+        ("SAGE_GPU_MOCK_COUNT", "-1"),
+        ("SAGE_GPU_MOCK_MEMORY_GB", "80GiB"),
+        ("SAGE_GPU_MOCK_MEMORY_GB", "-5"),
+        ("SAGE_GPU_MOCK_MEMORY_GB", "nan"),
+    ],
+)
+def test_a_variable_for_made_up_gpus_that_is_no_such_number_is_told(box: Box, name: str, text: str) -> None:
+    """2026-11-25: "abc" of them were none, and "-5" GiB were 24."""
+    done = box.sage("gpu", **{"SAGE_DISABLE_NVML": "1", "SAGE_GPU_MOCK_COUNT": "1", name: text})
+    assert done.returncode == 64
+    assert f"error: {name} is '{text}', which is not a " in done.stderr
 
 
 def test_driver_that_hangs_is_a_gap_and_is_waited_for_once(tmp_path: Path, library: Path) -> None:
