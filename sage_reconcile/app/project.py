@@ -1,7 +1,7 @@
 """From paths to a desired state, and to the machine that it is for. Looks at nothing but manifests by itself."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,16 +110,23 @@ def refuse_other_source(desired: DesiredState, observed: ObservedState, *, take_
         )
 
 
-def revision(desired: DesiredState, observed: ObservedState) -> tuple[tuple[EngineId, str], ...]:
-    """All that the project runs once the desired state is applied: it, and the stacks that it does not speak of."""
+def revision(
+    desired: DesiredState, observed: ObservedState, blocked: Iterable[EngineId] = ()
+) -> tuple[tuple[EngineId, str], ...]:
+    """All that the project runs once the desired state is applied: it, and the stacks that it does not speak of.
+
+    Of what is blocked it is what was applied before, or runs all the same; what never ran is not remembered.
+    """
     from sage_reconcile.core.compare import written
 
-    mine = {wanted.id: written(wanted) for wanted in desired.wanted}
+    left = set(blocked)
+    mine = {wanted.id: written(wanted) for wanted in desired.wanted if wanted.id not in left}
+    before = {fact.engine: fact.written for fact in observed.applied if fact.engine.project == desired.project}
+    runs = {engine.id: engine.written for engine in observed.engines if engine.leader_alive}
+    kept = {engine: text for engine, text in (runs | before).items() if engine in left}
     others = {
-        applied.engine: applied.written
-        for applied in observed.applied
-        if applied.engine.project == desired.project
-        and desired.prune_stacks is not None
-        and applied.engine.stack not in desired.prune_stacks
+        engine: text
+        for engine, text in before.items()
+        if desired.prune_stacks is not None and engine.stack not in desired.prune_stacks
     }
-    return tuple(sorted((others | mine).items()))
+    return tuple(sorted((others | mine | kept).items()))

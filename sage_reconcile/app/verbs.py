@@ -102,7 +102,7 @@ def apply(
             planned,
             host,
             watcher,
-            revision=revision(desired, planned.observed),
+            revision=revision(desired, planned.observed, [entry.engine for entry in planned.plan.blocked]),
             on_failure=options.on_failure,
             ready_seconds=options.ready_seconds,
         )
@@ -183,8 +183,9 @@ def _carried_out(
     if plan.changes and not watcher.approve():
         raise Refused("not approved: nothing was done")
     applied = {fact.engine: fact.written for fact in before.applied if fact.engine.project == desired.project}
+    asked_for = {engine for engine, _ in revision} | {entry.engine for entry in plan.blocked}
     if not plan.changes and not plan.awaited and dict(revision) == applied:
-        _forget_the_dead(host, before, desired.project, {engine for engine, _ in revision})
+        _forget_the_dead(host, before, desired.project, asked_for)
         return Outcome(result="converged", plan=plan, observed=before)
     host.answer_seconds, host.cuts_logs = _LOOP_ANSWER_SECONDS, True
     with host.interruptible():
@@ -205,7 +206,7 @@ def _carried_out(
     for engine in outcome.observed.engines if outcome.result == "converged" else ():
         for sentence in unproved(engine, outcome.observed) if engine.id in started else ():
             watcher.note(f"{engine.id} {sentence}")
-    kept = {"converged": {engine for engine, _ in revision}, "restored": {applied.engine for applied in before.applied}}
+    kept = {"converged": asked_for, "restored": {applied.engine for applied in before.applied}}
     try:
         if outcome.result in kept:
             _forget_the_dead(host, host.look(), desired.project, kept[outcome.result])

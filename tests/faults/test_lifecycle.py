@@ -576,6 +576,30 @@ def test_what_this_machine_has_is_started_all_the_same_where_that_was_asked_for(
     assert list(place.pids()) == ["lab/chat"]
 
 
+def test_what_was_refused_and_never_ran_is_not_missed(place: Place) -> None:
+    """2026-11-25: a refused engine was remembered as applied: status missed it, and a plan said that it had crashed."""
+    place.write(fake("lacking", use_gpu=True), fake("chat"))
+    place.apply("--on-failure", "continue", expect=4)
+    assert place.engines().keys() == {"lab/chat"}
+
+    place.write(fake("lacking"), fake("chat"))
+
+    plan = place.plan()
+    assert ([step["reason"] for step in plan["steps"]], plan["drift"]) == (["new"], [])
+
+
+def test_what_was_refused_and_ran_before_is_missed_once_it_does_not(place: Place) -> None:
+    place.write(fake("chat"))
+    place.apply()
+    place.write(fake("chat", use_gpu=True))
+    place.apply("--on-failure", "continue", expect=4)
+    assert place.engines()["lab/chat"]["state"] == "ready"
+
+    kill(place.pids()["lab/chat"])
+
+    assert place.engines()["lab/chat"]["state"] == "missing"
+
+
 def test_preset_of_the_control_plane_before_sage_is_valid_as_it_stands(place: Place) -> None:
     (place.manifests / "preset.yaml").write_text(SEED_PRESET, encoding="utf-8")
 
