@@ -15,7 +15,7 @@ from sage_reconcile.core.facts import Gap
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.needs import device_count
 from sage_reconcile.core.observed import Engine, ObservedState, held_bytes, is_about
-from sage_reconcile.core.puzzle import Candidate, Follower, Puzzle, Seat, kind_of, numbers_of, why_not
+from sage_reconcile.core.puzzle import NOT_PINNED, Candidate, Follower, Puzzle, Seat, kind_of, numbers_of
 from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.refusal import Refusal, Shortfall
 from sage_reconcile.core.slots import Packing
@@ -159,7 +159,8 @@ def _refusal(
     wants += f" ({known_from})" if known_from else ""
     found = {0: "none fits"}.get(fitting, f"{fitting} fit{'s' if fitting == 1 else ''}")
     pinned = puzzle.pinned(candidate)
-    names = [f"gpu{puzzle.devices[number].index}" for number in sorted(pinned or ())]
+    # Slices have the index of their GPU.
+    names = list(dict.fromkeys(f"gpu{puzzle.devices[number].index}" for number in sorted(pinned or ())))
     among = f" of {', '.join(names)}" if names else ""
     alike = ", and not as many of one kind" if fitting >= count else ""
     hidden = _hidden(puzzle.observed, None if pinned is None else candidate.wanted.spec.devices)
@@ -198,7 +199,7 @@ def _shortfall(candidate: Candidate, number: int, puzzle: Puzzle, packing: Packi
     held += [(unnamed, "memory that no process holds")] if unnamed > 0 else []
     held += [(puzzle.desired.reserve_bytes, "device_reserve")] if puzzle.desired.reserve_bytes else []
     pinned = puzzle.pinned(candidate)
-    elsewhere = "not among its devices" if pinned is not None and number not in pinned else ""
+    elsewhere = NOT_PINNED if pinned is not None and number not in pinned else ""
     return Shortfall(
         index=device.index,
         uuid=device.uuid,
@@ -206,7 +207,7 @@ def _shortfall(candidate: Candidate, number: int, puzzle: Puzzle, packing: Packi
         free_bytes=free,
         short_bytes=max(puzzle.need(candidate, device) - free, 0),
         held_by=holders_text(held),
-        why_not=why_not(candidate, device) or elsewhere,
+        why_not=puzzle.why_not(candidate, device) or elsewhere,
     )
 
 

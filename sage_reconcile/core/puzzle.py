@@ -104,8 +104,11 @@ class Puzzle:
         return tuple(
             number
             for number, device in enumerate(self.devices)
-            if number in own or ((pins is None or number in pins) and not why_not(candidate, device))
+            if number in own or ((pins is None or number in pins) and not self.why_not(candidate, device))
         )
+
+    def why_not(self, candidate: Candidate, device: Device) -> str:
+        return why_not(device, count=candidate.need.count, takes_slices=candidate.takes_slices)
 
     def pinned(self, candidate: Candidate) -> set[int] | None:
         """The devices that it must have, or choose among; None when all will do."""
@@ -177,6 +180,10 @@ class Puzzle:
         return Seat(devices=devices, claim=candidate.need.on(devices[0].uuid), told=candidate.need.told)
 
 
+# What is said of a device that the manifest's `devices` do not name.
+NOT_PINNED = "not among its devices"
+
+
 def kind_of(device: Device) -> tuple[str, int]:
     """One fraction is told for all devices of an engine, so they must be alike."""
     return device.name, device.total_bytes
@@ -203,12 +210,12 @@ def last_devices(the_id: EngineId, runs: tuple[Engine, ...], observed: ObservedS
     return ()
 
 
-def why_not(candidate: Candidate, device: Device) -> str:
-    """Why a device is out of the question for a candidate, whatever is free on it; empty when it is not."""
+def why_not(device: Device, *, count: int, takes_slices: bool) -> str:
+    """Why a device is out of the question for one that needs so many, whatever is free on it; empty when it is not."""
     if device.closed:
         return f"closed: {device.closed}"
-    if device.parent and not candidate.takes_slices:
+    if device.parent and not takes_slices:
         return "a MIG slice, which its runtime cannot be given"
-    if device.parent and candidate.need.count > 1:
+    if device.parent and count > 1:
         return "a MIG slice, which cannot be one of several"
     return ""

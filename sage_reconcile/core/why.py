@@ -12,10 +12,10 @@ from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.device_shares import Share, engine_holders, foreign_holders, holders_text, shares
 from sage_reconcile.core.footprint import Footprint, footprint
 from sage_reconcile.core.identity import EngineId
-from sage_reconcile.core.needs import Claim, Need, need_of, shape_of, why_no_shape
+from sage_reconcile.core.needs import Claim, Need, device_count, need_of, shape_of, why_no_shape
 from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, spec_of
 from sage_reconcile.core.plan import Blocked, Plan, Step, after
-from sage_reconcile.core.puzzle import last_devices
+from sage_reconcile.core.puzzle import NOT_PINNED, last_devices, why_not
 from sage_reconcile.core.refusal import Shortfall
 from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes import is_served, runtime_of
@@ -98,7 +98,7 @@ def engine_why(the_id: EngineId, desired: DesiredState | None, observed: Observe
         place = step.placement
     on_gpu = spec is not None and needs_gpu(spec)
     need = need_of(spec, observed) if spec is not None and on_gpu else None
-    devices = _devices(the_id, need, place, desired, observed, plan) if need is not None else ()
+    devices = _devices(the_id, spec, need, place, desired, observed, plan) if spec is not None and need else ()
     return EngineWhy(
         id=the_id,
         spec=spec,
@@ -214,6 +214,7 @@ def _waited(name: str, the_id: EngineId, observed: ObservedState) -> Waited:
 
 def _devices(
     the_id: EngineId,
+    spec: EngineSpec,
     need: Need,
     place: Placement | None,
     desired: DesiredState | None,
@@ -227,17 +228,42 @@ def _devices(
     others = [engine for engine in world.engines if engine.id != the_id]
     reserve = desired.reserve_bytes if desired is not None else 0
     here = place.devices if place is not None else ()
-    return tuple(_shortfall(the_id, device, need, others, reserve, here) for device in world.devices)
+    return tuple(
+        _shortfall(
+            the_id,
+            device,
+            need,
+            others,
+            reserve,
+            why_not="" if device.uuid in here else _why_not(spec, device),
+            is_here=device.uuid in here,
+        )
+        for device in world.devices
+    )
+
+
+def _why_not(spec: EngineSpec, device: Device) -> str:
+    """Why the device is out of the question for an engine of these manifests; empty when it is not."""
+    slices, count = runtime_of(spec).takes_slices, device_count(spec)
+    pinned = spec.devices is None or device.uuid in spec.devices or device.index in spec.devices
+    return why_not(device, count=count, takes_slices=slices) or ("" if pinned else NOT_PINNED)
 
 
 def _shortfall(
-    the_id: EngineId, device: Device, need: Need, others: Iterable[Engine], reserve_bytes: int, here: Iterable[str]
+    the_id: EngineId,
+    device: Device,
+    need: Need,
+    others: Iterable[Engine],
+    reserve_bytes: int,
+    *,
+    why_not: str,
+    is_here: bool,
 ) -> Shortfall:
     own = sum(entry.held_bytes for entry in device.lingering if entry.engine == the_id)
     others = tuple(others)
     free = free_bytes(device, others) - reserve_bytes + own
     held = engine_holders(device, others, the_id.project) + foreign_holders(device)
-    missing = 0 if device.uuid in here else max(need.on(device.uuid).counted_bytes - free, 0)
+    missing = 0 if is_here else max(need.on(device.uuid).counted_bytes - free, 0)
     return Shortfall(
         index=device.index,
         uuid=device.uuid,
@@ -245,7 +271,7 @@ def _shortfall(
         free_bytes=free,
         short_bytes=missing,
         held_by=holders_text(held),
-        why_not=f"closed: {device.closed}" if device.closed and device.uuid not in here else "",
+        why_not=why_not,
     )
 
 
@@ -262,7 +288,9 @@ def _why_there(
         return "use_gpu: false" if spec.use_gpu is False else f"{spec.kind} engines use no GPU unless use_gpu: true"
     if place is None or not place.devices:
         return ""
-    if spec is not None and spec.devices is not None:
+    if step is not None and step.action == "stop":
+        return "it is there until the plan stops it"
+    if spec is not None and spec.devices is not None and _among(place, spec.devices):
         return f"its manifest has devices: [{', '.join(map(str, spec.devices))}]"
     if step is None or step.placement is None:
         return "what runs stays where it is"
@@ -273,5 +301,11 @@ def _why_there(
         return "it was there before"
     fitting = [entry.uuid for entry in devices if not entry.short_bytes and not entry.why_not]
     if len(fitting) <= len(place.devices):
-        return "nothing else has room for it"
+        roomy = [entry.uuid for entry in devices if not entry.short_bytes]
+        return "nothing else has room for it" if len(roomy) == len(fitting) else "nothing else that has room will do"
     return f"of {len(fitting)} devices with room, the best for all engines together"
+
+
+def _among(place: Placement, pins: tuple[int | str, ...]) -> bool:
+    pairs = zip(place.devices, place.device_indexes, strict=True)
+    return all(uuid in pins or index in pins for uuid, index in pairs)

@@ -173,7 +173,10 @@ def _gib(size: int) -> str:
 def _found(device: Shortfall, why: EngineWhy) -> list[str]:
     here = why.place is not None and device.uuid in why.place.devices
     starts = why.step is not None and why.step.placement is not None
-    return shortfall_lines(device, fits=("would go here" if starts else "it runs here") if here else "fits")
+    if not here:
+        return shortfall_lines(device)
+    ends = why.step is not None and why.step.action == "stop"
+    return shortfall_lines(device, fits="would go here" if starts else f"it runs here{' until then' if ends else ''}")
 
 
 # --- a device ---------------------------------------------------------------------------------------------------------

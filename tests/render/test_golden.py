@@ -273,7 +273,33 @@ def on_the_cpu() -> Text:
     return why("lab/small", desired(wants("lab/small", **fields)), machine())
 
 
+def beside_slices() -> Text:
+    """Of the devices of this machine vLLM can be given one: the other GPU is cut into slices."""
+    return why("chat/llama-8b", desired(wants("chat/llama-8b", max_model_len=8192)), sliced())
+
+
+def pinned_to_slices() -> Text:
+    return why("chat/llama-8b", desired(wants("chat/llama-8b", devices=[0], gpu_memory="8GiB")), sliced())
+
+
+def pinned_elsewhere() -> Text:
+    """It runs on GPU 0, and its manifest has another now, which has no room."""
+    running = on_gpu("chat/llama-8b", 8001, 4711, 0, gib=26.0, gpu_memory="25.5GiB")
+    observed = machine(h100(0), h100(1, holders=(holder(4242, 70.0),)), engines=(running,))
+    return why("chat/llama-8b", desired(wants("chat/llama-8b", gpu_memory="25.5GiB", devices=[1])), observed)
+
+
+def one_too_many() -> Text:
+    fields = {"gpu_memory": "25.5GiB", "replicas": 1}
+    running = tuple(on_gpu(name, 8001 + at, 4711 + at, at, gib=26.0, **fields) for at, name in enumerate(REPLICAS))
+    return why(REPLICAS[1], desired(wants(REPLICAS[0], **fields)), machine(h100(0), h100(1), engines=running))
+
+
+REPLICAS = ("chat/llama-8b", "chat/llama-8b#1")
+
 WHYS = {
+    "why-beside-slices": beside_slices, "why-pinned-to-slices": pinned_to_slices,
+    "why-pinned-elsewhere": pinned_elsewhere, "why-one-too-many": one_too_many,
     "why-will-start": will_start, "why-runs": runs, "why-stray": stray, "why-was-applied": was_applied,
     "why-on-the-cpu": on_the_cpu, "why-refused": lambda: why("chat/llama-70b", *refused()),
     "why-gpu": lambda: why_gpu(2, desired(wants("chat/new", gpu_memory="20GiB"), reserve_bytes=2 * GIB), busy()),
