@@ -152,7 +152,9 @@ def _missing_reason(record: RecordFact | None, observed: ObservedState) -> str:
     if record.leader.boot_id != observed.boot_id:
         return "the machine was restarted"
     not_back = _not_back(record, observed)
-    return f"pid {record.leader.pid} is gone" + (f", and {not_back} did not come back" if not_back else "")
+    # Nobody has waited for it yet, unless it is stuck.
+    what = "did not come back" if record.phase == "stuck" else "are not given back yet"
+    return f"pid {record.leader.pid} is gone" + (f", and {not_back} {what}" if not_back else "")
 
 
 def _not_back(record: RecordFact, observed: ObservedState) -> str:

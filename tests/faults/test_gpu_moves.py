@@ -112,6 +112,23 @@ def ended(process: "subprocess.Popen[str]", expect: int) -> Ran:
 # --- G7: memory that does not come back -------------------------------------------------------------------------------
 
 
+def test_g7_memory_of_an_engine_that_was_just_killed_is_not_given_up_yet(place: Place) -> None:
+    """2026-11-25: right after a crash status said that it did not come back, and seconds later it was."""
+    machine(place, card())
+    place.write(place.gpu_fake("chat", mib=10240))
+    place.apply()
+    lingering(place)
+    pid = place.pids()["lab/chat"]
+
+    kill(pid)
+
+    row = place.engines()["lab/chat"]
+    assert row["state"] == "missing"
+    assert row["reason"] == f"pid {pid} is gone, and 10.0 GiB of gpu0 are not given back yet"
+    machine(place, card(), ahead_seconds=_LATER)
+    assert place.engines()["lab/chat"]["reason"] == f"pid {pid} is gone"
+
+
 @pytest.mark.parametrize(
     "state_is_lost", [False, pytest.param(True, marks=pytest.mark.chaos)], ids=["with state", "state was deleted"]
 )
