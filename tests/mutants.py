@@ -588,7 +588,7 @@ MUTANTS = (
     ),
     Mutant(
         bug="a margin is not told",
-        file="sage_reconcile/core/device_notes.py",
+        file="sage_reconcile/core/figure_notes.py",
         old='            if term.name == "margin"\n',
         new="            if False\n",
         caught_by=("tests/core/test_plan_says.py",),
@@ -596,8 +596,8 @@ MUTANTS = (
     Mutant(
         bug="an engine that uses none of its GPUs is not noted where it has several",
         file="sage_reconcile/core/device_notes.py",
-        old='        if not uses and engine.state == "ready" and',
-        new='        if not uses and engine.state == "ready" and len(place.devices) == 1 and',
+        old='        if engine.state == "ready" and device.uuid in',
+        new='        if engine.state == "ready" and len(engine.resolved.placement.devices) == 1 and device.uuid in',
         caught_by=("tests/core/test_plan_says.py",),
     ),
     Mutant(

@@ -455,7 +455,7 @@ def test_g4_what_only_the_unseen_gpu_could_have_room_for_waits_until_it_is_seen(
     }
     whys = {entry["engine"]: entry["why"] for entry in plan["blocked"]}
     assert whys["lab/pinned"] == "it is pinned to gpu1, and gpu1 cannot be seen: Unknown Error"
-    assert whys["lab/wide"] == "needs 2 GPUs x 1.0 GiB, 1 fits, and gpu1 cannot be seen: Unknown Error"
+    assert whys["lab/wide"] == "needs 2 GPUs x 1.0 GiB (declared), 1 fits, and gpu1 cannot be seen: Unknown Error"
 
     place.write(engines[0], engines[1])
     place.gpus(*TWO, Fault(gpu=1, code="NVML_ERROR_GPU_IS_LOST"))
