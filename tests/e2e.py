@@ -134,9 +134,9 @@ class Place:
         return fake(name, *claims, *modes, **{"use_gpu": True, "gpu_memory": f"{mib}MiB", **fields})
 
     @contextmanager
-    def foreign_on(self, gpu: int | str, mib: int) -> Iterator["subprocess.Popen[bytes]"]:
-        """A process that is nobody's engine and holds so much of a GPU."""
-        with stranger("/bin/sleep", "600") as process:
+    def foreign_on(self, gpu: int | str, mib: int, seconds: int = 600) -> Iterator["subprocess.Popen[bytes]"]:
+        """A process that is nobody's engine and holds so much of a GPU, for so long at most."""
+        with stranger("/bin/sleep", str(seconds)) as process:
             fakenvml.claim(self.nvml, fakenvml.device(self.nvml, gpu).uuid, process.pid, mib)
             yield process
 

@@ -52,7 +52,8 @@ def inside(kinds: tuple[str, ...], function: Callable[..., None], *arguments: st
     done = subprocess.run(
         [*command, sys.executable, "-c", call, *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

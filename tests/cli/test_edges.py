@@ -5,21 +5,37 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
+from tests.forks import Forks
+from tests.oracle import Ran, environment
 
-def environment(place: Path) -> dict[str, str]:
-    return {**os.environ, "SAGE_STATE_DIR": str(place / "state"), "SAGE_LOCK_FILE": str(place / "lock")}
+
+class Sage(Protocol):
+    def __call__(self, place: Path, *words: str, shell: str = "") -> Ran: ...
 
 
-def sage(place: Path, *words: str, shell: str = "") -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "sage_reconcile", *words]
-    if shell:
-        command = ["/bin/sh", "-c", f'"$@" {shell}', "sh", *command]
-    return subprocess.run(
-        command, cwd=place, env=environment(place), capture_output=True, text=True, timeout=30, check=False
-    )
+@pytest.fixture
+def sage(commands: Forks) -> Sage:
+    """Runs a command; through a shell where its streams are the point."""
+
+    def run(place: Path, *words: str, shell: str = "") -> Ran:
+        if not shell:
+            return commands.run(place / "state", *words)
+        done = subprocess.run(
+            ["/bin/sh", "-c", f'"$@" {shell}', "sh", sys.executable, "-m", "sage_reconcile", *words],
+            cwd=place,
+            env=environment(place / "state"),
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        return Ran(code=done.returncode, stdout=done.stdout, stderr=done.stderr, seconds=0.0)
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -41,21 +57,21 @@ def sage(place: Path, *words: str, shell: str = "") -> "subprocess.CompletedProc
         ("status", "no/such"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_64(words: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_mistake_on_the_command_line_is_64(words: tuple[str, ...], tmp_path: Path, sage: Sage) -> None:
     done = sage(tmp_path, *words)
-    assert done.returncode == 64, done.stderr
+    assert done.code == 64, done.stderr
     assert "Traceback" not in done.stderr
     assert "bug" not in done.stderr
 
 
 @pytest.mark.parametrize("shell", ["2>&-", "<&-", ">&-", "<&- >&- 2>&-", "| head -0", "> /dev/full"])
-def test_a_closed_stream_makes_no_traceback(shell: str, tmp_path: Path) -> None:
+def test_a_closed_stream_makes_no_traceback(shell: str, tmp_path: Path, sage: Sage) -> None:
     done = sage(tmp_path, "status", shell=shell)
     assert "Traceback" not in done.stderr
     assert "bug" not in done.stderr
 
 
-def test_an_error_names_what_is_blocked_as_long_as_it_fits_80_columns(tmp_path: Path) -> None:
+def test_an_error_names_what_is_blocked_as_long_as_it_fits_80_columns(tmp_path: Path, sage: Sage) -> None:
     some_projects(tmp_path)
     assert sage(tmp_path, "plan", "blocked").stderr == "error: cannot place lab/chat, see above\n"
     lab = tmp_path / "blocked" / "lab.yaml"
@@ -94,7 +110,7 @@ def test_a_reader_that_has_left_changes_no_exit_code(words: tuple[str, ...], cod
     done = subprocess.run(
         [sys.executable, "-m", "sage_reconcile", *words],
         cwd=tmp_path,
-        env=environment(tmp_path),
+        env=environment(tmp_path / "state"),
         stdout=theirs,
         stderr=subprocess.PIPE,
         text=True,
@@ -109,7 +125,7 @@ def test_a_reader_that_has_left_changes_no_exit_code(words: tuple[str, ...], cod
 def test_a_log_that_is_followed_ends_when_its_reader_leaves(tmp_path: Path) -> None:
     some_projects(tmp_path)
     command = [sys.executable, "-m", "sage_reconcile", "logs", "lab/chat", "-f"]
-    process = subprocess.Popen(command, env=environment(tmp_path), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment(tmp_path / "state"), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == "it begins\n"
@@ -138,7 +154,7 @@ def some_projects(place: Path) -> None:
     [(("why",), "ID|gpuN"), (("logs",), "ID"), (("wait",), "ID..."), (("logs", "x", "-n", "y"), "-n")],
 )
 def test_a_mistake_on_the_command_line_names_what_is_meant(
-    words: tuple[str, ...], missing: str, tmp_path: Path
+    words: tuple[str, ...], missing: str, tmp_path: Path, sage: Sage
 ) -> None:
     done = sage(tmp_path, *words)
     first, hint = done.stderr.splitlines()
@@ -146,39 +162,39 @@ def test_a_mistake_on_the_command_line_names_what_is_meant(
     assert hint == f"  hint: see sage {words[0]} --help"
 
 
-def test_a_full_stdout_is_an_environment_error(tmp_path: Path) -> None:
-    assert sage(tmp_path, "status", shell="> /dev/full").returncode == 12
+def test_a_full_stdout_is_an_environment_error(tmp_path: Path, sage: Sage) -> None:
+    assert sage(tmp_path, "status", shell="> /dev/full").code == 12
 
 
-def test_help_and_no_engine_are_fine(tmp_path: Path) -> None:
-    assert sage(tmp_path, "--help").returncode == 0
+def test_help_and_no_engine_are_fine(tmp_path: Path, sage: Sage) -> None:
+    assert sage(tmp_path, "--help").code == 0
     done = sage(tmp_path, "status")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.code, done.stderr) == (0, "")
 
 
-def test_a_path_that_does_not_exist_is_an_invalid_manifest(tmp_path: Path) -> None:
+def test_a_path_that_does_not_exist_is_an_invalid_manifest(tmp_path: Path, sage: Sage) -> None:
     for command in ("validate", "plan", "apply", "down"):
-        assert sage(tmp_path, command, "nowhere/at/all").returncode == 3, command
+        assert sage(tmp_path, command, "nowhere/at/all").code == 3, command
 
 
-def test_an_empty_directory_is_valid_and_applying_it_is_refused(tmp_path: Path) -> None:
+def test_an_empty_directory_is_valid_and_applying_it_is_refused(tmp_path: Path, sage: Sage) -> None:
     (tmp_path / "lab").mkdir()
-    assert sage(tmp_path, "validate", "lab").returncode == 0
-    assert sage(tmp_path, "apply", "-y", "lab").returncode == 10
-    assert sage(tmp_path, "apply", "-y", "lab", "--allow-empty").returncode == 0
+    assert sage(tmp_path, "validate", "lab").code == 0
+    assert sage(tmp_path, "apply", "-y", "lab").code == 10
+    assert sage(tmp_path, "apply", "-y", "lab", "--allow-empty").code == 0
 
 
 @pytest.mark.parametrize("duration", ["5", "0.5", "30s", "1m30s"])
-def test_a_duration_may_be_a_number_of_seconds(duration: str, tmp_path: Path) -> None:
+def test_a_duration_may_be_a_number_of_seconds(duration: str, tmp_path: Path, sage: Sage) -> None:
     (tmp_path / "lab").mkdir()
     words = ("--timeout", duration, "--lock-timeout", duration)
-    assert sage(tmp_path, "apply", "-y", "lab", "--allow-empty", *words).returncode == 0
+    assert sage(tmp_path, "apply", "-y", "lab", "--allow-empty", *words).code == 0
 
 
-def test_the_state_of_others_is_refused(tmp_path: Path) -> None:
+def test_the_state_of_others_is_refused(tmp_path: Path, sage: Sage) -> None:
     (tmp_path / "lab").mkdir()
     (tmp_path / "state").mkdir(mode=0o777)
     (tmp_path / "state").chmod(0o777)
     done = sage(tmp_path, "apply", "-y", "lab", "--allow-empty")
-    assert done.returncode == 12
+    assert done.code == 12
     assert "others may write to it" in done.stderr

@@ -120,7 +120,7 @@ def test_a_process_that_starts_and_stops_gpu_engines_again_and_again_leaves_the_
     """They hold memory of two GPUs, and a stranger holds some all the time."""
     place.gpus(Gpu(index=0), Gpu(index=1))
     place.write(place.gpu_fake("chat", mib=20000), place.gpu_fake("embed", mib=5000, kind="embedding"))
-    with place.foreign_on(0, 60000):
+    with place.foreign_on(0, 60000, seconds=7200):
         assert_keeps_nothing(place, GPU_CYCLES)
 
         assert (place.used_mib(0), place.used_mib(1)) == (60000, 0)

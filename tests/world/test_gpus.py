@@ -12,7 +12,8 @@ import pytest
 
 from tests import fakenvml
 from tests.fakenvml import Delay, Fault, Gpu, Hang, Link, Mig, Process, ProcessMemoryUnavailable, Used
-from tests.oracle import environment
+from tests.forks import Forks
+from tests.oracle import Ran, environment
 
 MIB = 1024**2
 
@@ -20,41 +21,26 @@ MIB = 1024**2
 class Box:
     """A machine with GPUs as a file says."""
 
-    def __init__(self, root: Path, library: Path) -> None:
-        self.state = root / "state"
-        self.nvml = root / "nvml"
-        self.variables = environment(self.state) | fakenvml.environment(library, self.nvml)
+    def __init__(self, root: Path, commands: Forks) -> None:
+        self.state, self.nvml, self._commands = root / "state", root / "nvml", commands
 
-    def sage(self, *words: str, **more: str) -> "subprocess.CompletedProcess[str]":
-        done = subprocess.run(
-            [sys.executable, "-m", "sage_reconcile", *words],
-            env=self.variables | more,
-            cwd=self.nvml.parent,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+    def sage(self, *words: str, **more: str) -> Ran:
+        done = self._commands.run(self.state, *words, more_environment=more)
         assert "Traceback" not in done.stderr
         return done
 
     def gpus(self, *things: Any, **more: str) -> dict[str, Any]:
         fakenvml.write_state(self.nvml, *things)
         done = self.sage("gpu", "-o", "json", **more)
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.stderr
         answer = json.loads(done.stdout)
         assert isinstance(answer, dict)
         return answer
 
 
-@pytest.fixture(scope="session")
-def library() -> Path:
-    return fakenvml.library()
-
-
 @pytest.fixture
-def box(tmp_path: Path, library: Path) -> Box:
-    return Box(tmp_path, library)
+def box(tmp_path: Path, commands: Forks) -> Box:
+    return Box(tmp_path, commands)
 
 
 @pytest.fixture
@@ -261,21 +247,20 @@ def test_disabled_or_mocked_gpus_are_as_the_variables_say(box: Box) -> None:
 def test_a_variable_for_made_up_gpus_that_is_no_such_number_is_told(box: Box, name: str, text: str) -> None:
     """2026-11-25: "abc" of them were none, and "-5" GiB were 24."""
     done = box.sage("gpu", **{"SAGE_DISABLE_NVML": "1", "SAGE_GPU_MOCK_COUNT": "1", name: text})
-    assert done.returncode == 64
+    assert done.code == 64
     assert f"error: {name} is '{text}', which is not a " in done.stderr
 
 
-def test_driver_that_hangs_is_a_gap_and_is_waited_for_once(tmp_path: Path, library: Path) -> None:
+def test_driver_that_hangs_is_a_gap_and_is_waited_for_once(tmp_path: Path) -> None:
     """In a process of its own that looks twice: the second look does not wait again."""
-    box = Box(tmp_path, library)
-    fakenvml.write_state(box.nvml, Gpu(index=0), Hang(call="nvmlDeviceGetCount_v2"))
+    fakenvml.write_state(tmp_path / "nvml", Gpu(index=0), Hang(call="nvmlDeviceGetCount_v2"))
     program = (
         "import time; from sage_reconcile.world.gpus import Gpus; gpus = Gpus()\n"
         "print(gpus.look(0.5)); began = time.monotonic(); print(gpus.look(0.5)); print(time.monotonic() - began < 0.25)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=box.variables | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=environment(tmp_path / "state") | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=30,
