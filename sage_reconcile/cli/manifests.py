@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sage_reconcile.cli.options import Observed, Out, Paths, Project, chosen, print_or_write
+from sage_reconcile.cli.options import Colour, Observed, Out, Paths, Project, chosen, paint_for, print_or_write
 from sage_reconcile.errors import InvalidManifests, Refused, SageError
 
 if TYPE_CHECKING:
     from sage_reconcile.core.desired import DesiredState
+    from sage_reconcile.render.paint import Paint
 
 
 def validate(
@@ -17,12 +18,14 @@ def validate(
     project: Project = None,
     output: Annotated[str, typer.Option("-o", "--output", metavar="text|json|github")] = "text",
     observed: Observed = None,
+    color: Colour = "auto",
 ) -> None:
     """Check manifests without looking at the machine; with --observed, also whether all has a place there."""
     chosen("-o", output, ("text", "json", "github"))
+    paint = paint_for(color)
     try:
         if observed is not None:
-            _validate_there(tuple(paths or ()), project, output, observed)
+            _validate_there(tuple(paths or ()), project, output, observed, paint)
             return
         from sage_reconcile.app.project import load
 
@@ -42,7 +45,7 @@ def validate(
         print(_valid(desired))
 
 
-def _validate_there(paths: tuple[str, ...], project: str | None, output: str, file: str) -> None:
+def _validate_there(paths: tuple[str, ...], project: str | None, output: str, file: str, paint: "Paint") -> None:
     """Whether what these manifests want has a place on the machine of a snapshot. Raises what `plan` raises."""
     from sage_reconcile.app import snapshots
     from sage_reconcile.cli.outcome import blocked_error
@@ -60,7 +63,7 @@ def _validate_there(paths: tuple[str, ...], project: str | None, output: str, fi
             print(_annotation(place, line, column, blocked_text(blocked)))
     else:
         print(_valid(planned.desired))
-        lines = [line for one in plan.blocked for line in blocked_lines(one, kept=one.engine in plan.kept)]
+        lines = [line for one in plan.blocked for line in blocked_lines(one, kept=one.engine in plan.kept, paint=paint)]
         print("\n".join(lines) if lines else f"all of it has a place on {seen.node}, as of {timestamp(seen.taken_at)}")
     if plan.blocked:
         raise blocked_error(plan)
@@ -99,9 +102,10 @@ def _problems(error: SageError, file: str) -> list[dict[str, Any]]:
     ]
 
 
-def schema(out: Out = None) -> None:
+def schema(out: Out = None, color: Colour = "auto") -> None:
     """Print the JSON Schema of a manifest, for editors and CI."""
     from sage_reconcile.core.schema import stack_schema_json
 
+    paint_for(color)
     text = stack_schema_json()
     print_or_write(text, out)

@@ -11,9 +11,12 @@ from sage_reconcile.cli.options import Colour, Paths, Project, Yes, paint_for, s
 def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
+    color: Colour = "auto",
 ) -> None:
     """Serve one OpenAI-compatible address in front of whatever runs."""
     from sage_reconcile.app.serving import serve as serve_here
+
+    paint_for(color)
 
     def listening(url: str) -> None:
         print(f"serving {url}/v1 (Ctrl-C drains and stops)", file=sys.stderr, flush=True)

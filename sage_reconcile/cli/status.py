@@ -54,11 +54,13 @@ def logs(
     lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of its last lines.")] = 50,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it is written.")] = False,
     previous: Annotated[bool, typer.Option("--previous", help="The log of the process before this one.")] = False,
+    color: Colour = "auto",
 ) -> None:
     """Show what an engine has said."""
     from sage_reconcile.app.status import log_file
     from sage_reconcile.world.logs import end_of, followed, tail
 
+    paint_for(color)
     path = log_file(engine, project, previous=previous)
     if not path.exists() and not follow:
         raise Environment(f"there is no log {path}", hint="the engine was not started with this state directory")
@@ -83,11 +85,13 @@ def wait(
     goal: Annotated[str, typer.Option("--for", metavar="ready|stopped", help="What to wait for.")] = "ready",
     timeout: Annotated[str, typer.Option(metavar="DURATION", help="How long to wait.")] = "10m",
     project: Project = None,
+    color: Colour = "auto",
 ) -> None:
     """Wait until engines are ready, or stopped."""
     from sage_reconcile.app.waiting import wait as wait_here
 
     chosen("--for", goal, ("ready", "stopped"))
+    paint_for(color)
     wait_here(tuple(engines), project=project, goal=goal, limit_seconds=seconds_option("--timeout", timeout) or 0.0)
 
 
@@ -130,10 +134,12 @@ def snapshot(
     paths: Paths = None,
     project: Project = None,
     out: Out = None,
+    color: Colour = "auto",
 ) -> None:
     """Write down what is seen on this machine, with all that a plan of the manifests asks, for --observed elsewhere."""
     from sage_reconcile.app.snapshots import take
 
+    paint_for(color)
     text, note = take(tuple(paths or ()), project)
     print_or_write(text, out)
     if note:

@@ -166,6 +166,16 @@ def test_a_full_stdout_is_an_environment_error(tmp_path: Path, sage: Sage) -> No
     assert sage(tmp_path, "status", shell="> /dev/full").code == 12
 
 
+@pytest.mark.parametrize(
+    "words", [("validate", "m"), ("schema",), ("snapshot", "m"), ("status",), ("gpu",), ("plan", "m"), ("wait", "x")]
+)
+def test_every_command_takes_color_and_refuses_what_is_none(words: tuple[str, ...], tmp_path: Path, sage: Sage) -> None:
+    (tmp_path / "m").mkdir()
+    assert "--color" not in sage(tmp_path, *words, "--color", "never").stderr
+    done = sage(tmp_path, *words, "--color", "red")
+    assert (done.code, '--color is "red"' in done.stderr) == (64, True)
+
+
 def test_help_and_no_engine_are_fine(tmp_path: Path, sage: Sage) -> None:
     assert sage(tmp_path, "--help").code == 0
     done = sage(tmp_path, "status")
