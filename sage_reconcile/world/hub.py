@@ -64,13 +64,14 @@ class Hub:
             return UnknownShape(why=self._silent[url])
         try:
             hub = Requests(url, hub_token(self._own) if url == address(self._own) else "")
-            asking = _Asking(hub, model, Allowance(self._deadline_seconds, self._most_bytes))
+            late = f"{hub.name} did not tell of {shown(model, _LONGEST_WHY)} in {self._deadline_seconds:g} s"
+            asking = _Asking(hub, model, Allowance(self._deadline_seconds, self._most_bytes, late=late))
             # In a thread: a name that is looked up in vain takes longer than any timeout that is asked for.
             found = Pending(asking.shape).answer(wait_seconds=self._deadline_seconds)
         except (BadFile, OSError) as error:
             return _unknown(error)
         if found is None:
-            found = UnknownShape(why=f"{hub.name} did not tell of {model} in {self._deadline_seconds:g} s")
+            found = UnknownShape(why=late)
         if asking.was_answered:
             self._answering.add(url)
         elif isinstance(found, UnknownShape) and url not in self._answering:

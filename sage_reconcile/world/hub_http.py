@@ -28,8 +28,9 @@ class CannotBeReached(BadFile):
 class Allowance:
     """The time and the bytes that are left for one model. What it ends is ended at its next piece of an answer."""
 
-    def __init__(self, seconds: float, size_bytes: int) -> None:
-        self._ends_at, self._left_bytes = time.monotonic() + seconds, size_bytes
+    def __init__(self, seconds: float, size_bytes: int, *, late: str) -> None:
+        """`late` is what is said when the time is over."""
+        self._ends_at, self._left_bytes, self._late = time.monotonic() + seconds, size_bytes, late
         self._lock = threading.Lock()
 
     def take(self, size_bytes: int) -> None:
@@ -39,7 +40,7 @@ class Allowance:
             if self._left_bytes < 0:
                 raise BadFile("the headers of its weights take more memory than those of any model")
         if time.monotonic() > self._ends_at:
-            raise CannotBeReached("the time for it is over")
+            raise CannotBeReached(self._late)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

@@ -32,7 +32,7 @@ from tests.core.test_worlds import alike, carried_out
 from tests.fakes import FakeHost, MemoryJournal
 
 # How many worlds each property sees. A longer run: GPU_WORLDS=20000 pytest tests/core/test_gpu_worlds.py.
-WORLDS = int(os.environ.get("GPU_WORLDS", "400"))
+WORLDS = int(os.environ.get("GPU_WORLDS", "250"))
 # How many of them are applied.
 APPLIES = WORLDS // 4
 # How many small instances are compared with a search through all that there is.

@@ -5,14 +5,10 @@ call, and the environment that makes a process see them. state.h tells the file'
 Standard library only: fake_engine.py imports it.
 """
 
-import ctypes
 import fcntl
 import functools
-import hashlib
 import os
 import re
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,10 +31,15 @@ def library(directory: Path | None = None) -> Path:
     None: one for these sources, which all who ask have in common.
     """
     if directory is None:
+        import hashlib  # Here, as all that engines, which start by the hundred, do not need at once.
+
         sources = (_SOURCE.read_bytes(), _SOURCE.with_name("state.h").read_bytes())
         directory = _BUILT / hashlib.sha256(b"".join(sources)).hexdigest()[:16]
         directory.mkdir(parents=True, exist_ok=True)
     if not (directory / _NAME).exists():
+        import subprocess
+        import tempfile
+
         # Under another name first: two workers may build at once, and nobody may load a half of it.
         with tempfile.TemporaryDirectory(dir=directory) as temporary:
             made = Path(temporary) / _NAME
@@ -300,6 +301,8 @@ def device(state: Path, gpu: int | str) -> Gpu | Mig:
 
 def memory(state: Path, gpu: int | str) -> Memory:
     """What is true now, whatever NVML is told to say of it. Raises LookupError when there is no such GPU."""
+    import ctypes
+
     sizes = (ctypes.c_ulonglong * 3)()
     if not _read_memory()(os.fsencode(state), str(gpu).encode(), sizes):
         raise LookupError(f"there is no GPU {gpu}")
@@ -309,6 +312,8 @@ def memory(state: Path, gpu: int | str) -> Memory:
 
 @functools.cache
 def _read_memory() -> Callable[..., bool]:
+    import ctypes
+
     function = ctypes.CDLL(str(library() / _NAME)).fakenvml_memory
     function.restype = ctypes.c_bool
     return function
@@ -419,7 +424,6 @@ def _read(type_of_value: object, text: str | None) -> object:
 
 
 def _replace(path: Path, lines: list[str]) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     os.replace(temporary, path)

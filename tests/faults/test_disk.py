@@ -187,7 +187,11 @@ def fill(filler: Path, left_bytes: int) -> None:
 @pytest.mark.parametrize(
     ("deed", "sample"),
     # Where room is proved, a record and a line of the journal written, and a record removed.
-    [("first start", (5, 22, 35)), ("replacement", (8, 28)), ("down", (11, 18, 24))],
+    [
+        pytest.param("first start", (5, 22, 35), marks=pytest.mark.chaos),
+        ("replacement", (8, 28)),
+        ("down", (11, 18, 24)),
+    ],
     ids=DEEDS,
 )
 def test_d1_disk_that_is_full_from_any_write_on_starts_nothing_unrecorded_and_one_apply_heals_it(
@@ -266,7 +270,7 @@ def tokens_of(pid: int) -> str:
     return words[words.index("--tokens") + 1]
 
 
-@pytest.mark.parametrize("number", [STOP_BEGINS, STOP_DONE, START_BEGINS])
+@pytest.mark.parametrize("number", [pytest.param(STOP_BEGINS, marks=pytest.mark.chaos), STOP_DONE, START_BEGINS])
 def test_d1_line_that_does_not_fit_once_ends_in_putting_back_what_ran(place: Place, number: int) -> None:
     pids = replacing(place)
 
@@ -298,7 +302,14 @@ def test_d1_disk_that_stays_full_between_a_stop_and_a_start_is_told_with_what_is
     healed(place)
 
 
-@pytest.mark.parametrize("numbers", [(START_DONE,), (PLAN_ENDED,), (START_DONE, PLAN_ENDED)])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        pytest.param((START_DONE,), marks=pytest.mark.chaos),
+        pytest.param((PLAN_ENDED,), marks=pytest.mark.chaos),
+        (START_DONE, PLAN_ENDED),
+    ],
+)
 def test_d1_apply_that_is_done_and_cannot_be_written_down_says_that_it_is_done(
     place: Place, numbers: tuple[int, ...]
 ) -> None:

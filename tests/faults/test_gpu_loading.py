@@ -14,7 +14,7 @@ from tests.faults.test_gpu_moves import what_they_saw, witnessed
 ONE, TWO = (Gpu(index=0),), (Gpu(index=0), Gpu(index=1))
 
 # Half of its memory at once, and the other half just before it is healthy.
-SLOWLY = ("--ready-after", "3", "--memory-in-steps", "2")
+SLOWLY = ("--ready-after", "2", "--memory-in-steps", "2")
 
 
 def on_gpu_0(place: Place, name: str, *modes: str, **fields: Any) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def test_engines_are_served_soon_after_they_come_and_not_after_they_go(place: Pl
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("command", ["serve", "up"])
+@pytest.mark.parametrize("command", [pytest.param("serve", marks=pytest.mark.chaos), "up"])
 def test_a_sage_that_lives_on_while_engines_die_and_come_holds_no_more_than_at_first(
     place: Place, command: str
 ) -> None:
