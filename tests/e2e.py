@@ -52,7 +52,7 @@ def until(found: Callable[[], _T], what: str, seconds: float = DEADLINE_SECONDS)
     deadline = time.monotonic() + seconds
     while not (value := found()):
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.02)
+        time.sleep(0.05)
     return value
 
 
