@@ -17,7 +17,7 @@ from tests.builders import desired, foreign_listener, leaderless, record, runnin
 from tests.fakes import FakeHost, MemoryJournal
 
 # How many worlds each property sees. A longer run: WORLDS=100000 pytest tests/core/test_worlds.py.
-WORLDS = int(os.environ.get("WORLDS", "1000"))
+WORLDS = int(os.environ.get("WORLDS", "600"))
 
 PORTS = (8001, 8901, 8002, 8900, 8902)
 NAMES = ("lab/a", "lab/b", "lab/c", "lab/d", "other/e", "other/e#1")

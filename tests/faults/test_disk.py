@@ -190,7 +190,7 @@ def fill(filler: Path, left_bytes: int) -> None:
     [
         pytest.param("first start", (5, 22, 35), marks=pytest.mark.chaos),
         ("replacement", (8, 28)),
-        ("down", (11, 18, 24)),
+        pytest.param("down", (11, 18, 24), marks=pytest.mark.chaos),
     ],
     ids=DEEDS,
 )
