@@ -106,6 +106,5 @@ def schema(out: Out = None, color: Colour = "auto") -> None:
     """Print the JSON Schema of a manifest, for editors and CI."""
     from sage_reconcile.core.schema import stack_schema_json
 
-    paint_for(color)
     text = stack_schema_json()
     print_or_write(text, out)

@@ -15,7 +15,6 @@ Paths = Annotated[
     list[str] | None, typer.Argument(metavar="[PATH]...", help="Manifest files or directories; default: manifests/.")
 ]
 Project = Annotated[str | None, typer.Option("-p", "--project", help="The project's name.")]
-Colour = Annotated[str, typer.Option("--color", metavar="auto|always|never", help="Colour in the output.")]
 Out = Annotated[str | None, typer.Option("--out", metavar="FILE", help="Write it to this file.")]
 Observed = Annotated[
     str | None,
@@ -26,10 +25,21 @@ Yes = Annotated[bool, typer.Option("-y", "--yes", "--auto-approve", help="Do not
 _NUMBER = re.compile(r"\d{1,9}(?:\.\d{1,6})?", re.ASCII)
 
 
-def paint_for(colour: str, *, to_stderr: bool = False) -> Paint:
-    """Colour for a terminal, unless NO_COLOR is set (https://no-color.org). Raises Usage."""
+def _known_colour(colour: str) -> str:
+    """For every command, also one that has nothing to colour. Raises Usage."""
     if colour not in ("auto", "always", "never"):
         raise Usage(f'--color is "{colour}", and can be auto, always or never')
+    return colour
+
+
+Colour = Annotated[
+    str,
+    typer.Option("--color", metavar="auto|always|never", callback=_known_colour, help="Colour in the output."),
+]
+
+
+def paint_for(colour: str, *, to_stderr: bool = False) -> Paint:
+    """Colour for a terminal, unless NO_COLOR is set (https://no-color.org)."""
     stream = sys.stderr if to_stderr else sys.stdout
     automatic = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return Paint(colour == "always" or (colour == "auto" and automatic))

@@ -16,8 +16,6 @@ def serve(
     """Serve one OpenAI-compatible address in front of whatever runs."""
     from sage_reconcile.app.serving import serve as serve_here
 
-    paint_for(color)
-
     def listening(url: str) -> None:
         print(f"serving {url}/v1 (Ctrl-C drains and stops)", file=sys.stderr, flush=True)
 

@@ -60,7 +60,6 @@ def logs(
     from sage_reconcile.app.status import log_file
     from sage_reconcile.world.logs import end_of, followed, tail
 
-    paint_for(color)
     path = log_file(engine, project, previous=previous)
     if not path.exists() and not follow:
         raise Environment(f"there is no log {path}", hint="the engine was not started with this state directory")
@@ -91,7 +90,6 @@ def wait(
     from sage_reconcile.app.waiting import wait as wait_here
 
     chosen("--for", goal, ("ready", "stopped"))
-    paint_for(color)
     wait_here(tuple(engines), project=project, goal=goal, limit_seconds=seconds_option("--timeout", timeout) or 0.0)
 
 
@@ -139,7 +137,6 @@ def snapshot(
     """Write down what is seen on this machine, with all that a plan of the manifests asks, for --observed elsewhere."""
     from sage_reconcile.app.snapshots import take
 
-    paint_for(color)
     text, note = take(tuple(paths or ()), project)
     print_or_write(text, out)
     if note:
