@@ -8,7 +8,7 @@ from sage_reconcile.core.figure_notes import notes_of_a_figure, notes_of_a_need
 from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.ledger import DRIVER_SLACK_BYTES
 from sage_reconcile.core.needs import need_of, shape_of
-from sage_reconcile.core.observed import Device, Engine, ObservedState, spec_of
+from sage_reconcile.core.observed import Device, Engine, ObservedState, spec_of, untold_devices
 from sage_reconcile.core.plan import Blocked
 from sage_reconcile.core.puzzle import last_devices
 from sage_reconcile.core.quantities import gib
@@ -81,7 +81,7 @@ def _left_behind(engine: EngineId, runs: tuple[Engine, ...], device: Device, pla
 def unproved(engine: Engine, observed: ObservedState) -> tuple[str, ...]:
     """What a ready engine should hold of its devices and does not, in words: nothing proves then that it runs there."""
     used = dict(engine.measured_bytes)
-    unknown = {gap.subject for gap in observed.gaps if gap.what == "device memory"}
+    unknown = untold_devices(observed)
     return tuple(
         f"holds no memory of gpu{device.index}: nothing proves that it runs there"
         for device in observed.devices
@@ -93,7 +93,7 @@ def unproved(engine: Engine, observed: ObservedState) -> tuple[str, ...]:
 def _of_a_running_one(engine: Engine, observed: ObservedState) -> Iterator[str]:
     place, used = engine.resolved.placement, dict(engine.measured_bytes)
     yield from (f"{engine.id} {sentence}" for sentence in unproved(engine, observed))
-    unknown = {gap.subject for gap in observed.gaps if gap.what == "device memory"}
+    unknown = untold_devices(observed)
     for device in observed.devices:
         if device.uuid not in place.devices:
             continue

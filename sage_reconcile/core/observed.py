@@ -237,6 +237,11 @@ def model_of(engine: Engine) -> str:
     return str(written.get("served_name") or written.get("model") or "?")
 
 
+def untold_devices(observed: ObservedState) -> set[str]:
+    """The UUIDs of devices of which the driver does not tell who uses what."""
+    return {gap.subject for gap in observed.gaps if gap.what == "device memory"}
+
+
 def is_about(gap: Gap, device: int | str) -> bool:
     """Whether a gap of a device is about the one of this index or UUID. A device that told its UUID has that alone."""
     return gap.subject == str(device) or (isinstance(device, int) and gap.why.startswith(f"gpu{device} "))

@@ -2,7 +2,7 @@
 
 from sage_reconcile.core.footprint import Footprint, Term
 from sage_reconcile.core.needs import SOURCE_WORDS
-from sage_reconcile.core.observed import Engine, ObservedState
+from sage_reconcile.core.observed import Engine, ObservedState, untold_devices
 from sage_reconcile.core.quantities import gib
 from sage_reconcile.core.refusal import Shortfall
 from sage_reconcile.core.resolved import Placement
@@ -134,7 +134,7 @@ def _uses(engine: Engine | None, place: Placement, observed: ObservedState, *, s
     if engine is None or starts:
         return []
     used = dict(engine.measured_bytes)
-    unknown = {gap.subject for gap in observed.gaps if gap.what == "device memory"}
+    unknown = untold_devices(observed)
     told = [
         f"{'?' if uuid in unknown else gib(used.get(uuid, 0))} GiB of {device_name(index, uuid)}"
         for uuid, index in zip(place.devices, place.device_indexes, strict=True)
