@@ -356,6 +356,16 @@ def test_g3_nvml_lost_between_the_gate_and_the_program_starts_nothing_unseen(pla
     place.assert_at_rest()
 
 
+def chat_on_one_of_two(place: Place, mib: int) -> tuple[dict[str, Any], dict[str, int], str, int]:
+    """An engine that runs alone on a machine with two GPUs, the pids, and the UUID and index of its GPU."""
+    place.gpus(*TWO)
+    chat = place.gpu_fake("chat", mib=mib)
+    place.write(chat)
+    place.apply()
+    (home,) = sees(place).values()
+    return chat, place.pids(), home, next(gpu.index for gpu in TWO if gpu.uuid == home)
+
+
 # --- G4: one GPU is lost ----------------------------------------------------------------------------------------------
 
 
@@ -413,12 +423,7 @@ def test_g4_engine_on_a_lost_gpu_is_kept_where_no_other_has_room(place: Place) -
 
 def test_g4_gpu_that_cannot_be_seen_is_not_lost(place: Place) -> None:
     """Unknown is not gone: nothing new goes there, and what runs there is left alone."""
-    place.gpus(*TWO)
-    chat = place.gpu_fake("chat", mib=30_000)
-    place.write(chat)
-    place.apply()
-    pids, (home,) = place.pids(), sees(place).values()
-    index = next(gpu.index for gpu in TWO if gpu.uuid == home)
+    chat, pids, home, index = chat_on_one_of_two(place, mib=30_000)
 
     place.gpus(*TWO, Fault(gpu=index, code="NVML_ERROR_UNKNOWN"))
 
@@ -622,12 +627,7 @@ def asking(*indexes: int, action: int = 1) -> tuple[Gpu, ...]:
 
 
 def test_nothing_is_started_on_a_gpu_that_is_to_be_reset_and_what_runs_there_stays(place: Place) -> None:
-    place.gpus(*TWO)
-    chat = place.gpu_fake("chat", mib=10_000)
-    place.write(chat)
-    place.apply()
-    pids, (home,) = place.pids(), sees(place).values()
-    index = next(gpu.index for gpu in TWO if gpu.uuid == home)
+    chat, pids, home, index = chat_on_one_of_two(place, mib=10_000)
     other = gpu_uuid(1 - index)
 
     place.gpus(*asking(index))
@@ -679,12 +679,7 @@ def test_engine_that_died_of_the_error_is_started_on_another_gpu_and_goes_home_a
 @pytest.mark.parametrize("change", ["the engine itself", "its removal"])
 def test_what_ran_on_a_gpu_that_is_to_be_reset_is_put_back_on_another(place: Place, change: str) -> None:
     """2026-11-25: it was put back nowhere, since what is put back is put back where it was."""
-    place.gpus(*TWO)
-    chat = place.gpu_fake("chat", mib=10_000)
-    place.write(chat)
-    place.apply()
-    (home,) = sees(place).values()
-    index = next(gpu.index for gpu in TWO if gpu.uuid == home)
+    chat, _, home, index = chat_on_one_of_two(place, mib=10_000)
     place.gpus(*asking(index))
     name = "chat" if change == "the engine itself" else "other"
     place.write(place.gpu_fake(name, "--exit-code", "1", mib=10_000))
