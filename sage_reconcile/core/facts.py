@@ -114,7 +114,8 @@ class HealthFact:
     """What an engine answered to GET on its health path, and to GET /v1/models where that was asked."""
 
     leader: ProcessIdentity
-    # "ok" (200), "loading" (503), "refused" (no connection), "silent" (no answer in time), "odd" (anything else).
+    # "ok" (200), "loading" (503), "refused" (no connection), "broken" (it ended before an answer), "silent" (no answer
+    # in time), "odd" (anything else).
     health: str
     detail: str = ""
     # Model names listed; None when not asked or not answered.

@@ -33,7 +33,7 @@ def observe(doors: Doors) -> ObservedState:
     if not answering:
         return unasked
     healths = doors.healths(answering)
-    if any(fact.health == "refused" for fact in healths):
-        # It listened when it was seen, and does not any more: what ended since is gone, and not unwell.
+    if any(fact.health in ("refused", "broken") for fact in healths):
+        # It listened when it was seen, and hung up: what ended since is gone, and not unwell.
         facts = doors.facts()
     return assemble(replace(facts, healths=healths))

@@ -98,7 +98,7 @@ def _newest(leader: ProcessIdentity, asked: _Asked, deadline: float) -> HealthFa
 
 
 def _health(question: Question) -> HealthFact:
-    """ "ok", "loading", "refused", "silent" or "odd": see facts.HealthFact."""
+    """ "ok", "loading", "refused", "broken", "silent" or "odd": see facts.HealthFact."""
     try:
         status, _ = _asked_once(question.host, question.port, "GET", question.path, None, _HEALTH_SECONDS)
         models = None
@@ -109,6 +109,8 @@ def _health(question: Question) -> HealthFact:
     except TimeoutError:
         detail = f"GET {question.path} was not answered in {_HEALTH_SECONDS:g} s"
         return HealthFact(leader=question.leader, health="silent", detail=detail)
+    except ConnectionError as error:
+        return HealthFact(leader=question.leader, health="broken", detail=f"GET {question.path}: {_sentence(error)}")
     except (OSError, http.client.HTTPException) as error:
         return HealthFact(leader=question.leader, health="odd", detail=f"GET {question.path}: {_sentence(error)}")
     health = {200: "ok", 503: "loading"}.get(status, "odd")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import pytest
+
 from sage_reconcile.core.facts import Facts, HealthFact
 from sage_reconcile.core.observed import Engine
 from sage_reconcile.drive.observer import observe
@@ -27,8 +29,9 @@ class Doors:
 RUNS = facts(leader(), listeners=(own_port(100),), records=(proved(),))
 
 
-def test_an_engine_that_ended_between_the_look_and_the_question_is_gone_and_not_unwell() -> None:
-    doors = Doors(shown=[RUNS, facts(records=(proved(),))], health="refused")
+@pytest.mark.parametrize("health", ["refused", "broken"])
+def test_an_engine_that_ended_before_it_answered_is_gone_and_not_unwell(health: str) -> None:
+    doors = Doors(shown=[RUNS, facts(records=(proved(),))], health=health)
     assert observe(doors).engines == ()
 
 

@@ -340,6 +340,23 @@ def test_p13_engine_under_sigstop_is_told_apart_from_a_ready_one_and_can_be_stop
     place.assert_nothing_left()
 
 
+def test_engine_that_is_killed_while_it_is_asked_is_missing_and_not_unready(place: Place) -> None:
+    place.write(fake("chat"))
+    place.apply()
+    (home,) = place.homes().values()
+    (pid,) = place.pids().values()
+    os.kill(pid, signal.SIGSTOP)
+
+    with place.started("status", "-p", place.project, "-o", "json", "--exit-code") as asking:
+        until(lambda: is_connected_to(home), "sage asks the engine that cannot answer")
+        kill(pid)
+        stdout, _ = asking.communicate(timeout=15)
+
+    (row,) = json.loads(stdout)["engines"]
+    assert asking.returncode == 2
+    assert (row["state"], row["pid"]) == ("missing", None)
+
+
 def test_child_in_a_session_of_its_own_that_outlives_its_leader_is_ended_before_the_engine_starts_again(
     place: Place,
 ) -> None:
@@ -391,6 +408,12 @@ def test_child_without_a_label_in_the_session_of_its_engine_is_ended_with_it(pla
         assert not alive(child)
     finally:
         kill(child)
+
+
+def is_connected_to(port: int) -> bool:
+    """Whether some client has a connection to this port of the machine."""
+    connections = psutil.net_connections("tcp4")
+    return any(it.status == psutil.CONN_ESTABLISHED and it.raddr and it.raddr.port == port for it in connections)
 
 
 def child_of(place: Place) -> int:
