@@ -33,6 +33,11 @@ class Campaign:
             fake("odd" if odd else "even", "--fork-child", "--child-ignore-term", **_QUICK),
         )
 
+    def mend(self) -> None:
+        """Write the manifests of the last swing anew."""
+        self.swings -= 1
+        self.swing()
+
     def break_one(self) -> None:
         """Write manifests whose apply fails after it has replaced an engine, and puts back what ran."""
         self.place.write(

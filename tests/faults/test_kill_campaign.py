@@ -61,9 +61,9 @@ CHANGES: dict[str, Callable[[Campaign], tuple[str, ...]]] = {"swing": _swings, "
 
 
 def _settle(campaign: Campaign, change: str) -> None:
-    """Before the next kill the world is whole again, as the manifests of a swing want it."""
+    """Before the next kill the world is whole again, as the manifests of the last swing want it."""
     if change == "break":
-        campaign.swing()
+        campaign.mend()
 
 
 @pytest.mark.timeout(1800)
