@@ -34,7 +34,7 @@ demo-gpu: install ## placing on GPUs, for people without one: two made-up GPUs, 
 	$(BIN)/python examples/demo_gpu.py
 
 test: install ## all tests but the long ones
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	$(BIN)/python -m pytest -n 4 --dist worksteal
 
 lint: install ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
-
 from sage_reconcile.core.journal import Entry, parse_entry
 from tests import fakenvml
 from tests.oracle import (
@@ -284,7 +282,7 @@ def _block() -> Iterator[int]:
     An abstract socket is the token: the kernel lets one process have it, and takes it back when that process ends.
     Each worker begins at another block, and each test at the next, so that a port is not used again at once.
     """
-    listened = {connection.laddr.port for connection in psutil.net_connections("tcp")}
+    listened = listened_ports()
     starts = list(range(_FIRST_PORT, _LAST_PORT - _BLOCK, _BLOCK))
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     begin = worker * 97 + time.monotonic_ns() // 10**8
