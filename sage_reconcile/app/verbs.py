@@ -286,7 +286,7 @@ def matching(text: str, known: set[EngineId], project: str | None) -> set[Engine
     found = {
         engine
         for engine in known
-        if text in (engine.full, str(engine), f"{engine.stack}/{engine.name}", _full_name(engine))
+        if text in (engine.full, str(engine), str(engine.first), engine.first.full)
         and (project is None or engine.project == project)
     }
     if not found:
@@ -296,7 +296,3 @@ def matching(text: str, known: set[EngineId], project: str | None) -> set[Engine
         names = ", ".join(sorted(engine.full for engine in found))
         raise Usage(f"{text} is ambiguous: {names}", hint="name the project too")
     return found
-
-
-def _full_name(engine: EngineId) -> str:
-    return f"{engine.project}:{engine.stack}/{engine.name}"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from sage_reconcile.core.compare import Change, written
 from sage_reconcile.core.desired import DesiredState, Wanted
-from sage_reconcile.core.identity import EngineId
+from sage_reconcile.core.identity import EngineId, in_stack
 from sage_reconcile.core.needs import program_fact, shape_of
 from sage_reconcile.core.observed import Engine, ObservedState, model_of, spec_of
 from sage_reconcile.core.ordering import Draft
@@ -44,7 +44,7 @@ def depends_on(engine: Engine) -> tuple[str, ...]:
     spec = spec_of(engine)
     if spec is None:
         return ()
-    return tuple(name if "/" in name else f"{engine.id.stack}/{name}" for name in spec.depends_on)
+    return tuple(in_stack(name, engine.id.stack) for name in spec.depends_on)
 
 
 def _stop_act(engine: Engine, step: int) -> StopEngine:
@@ -107,7 +107,7 @@ def _waits(wanted: Wanted, desired: DesiredState, options: PlanOptions) -> bool:
     """Whether the start is done only once the engine is ready."""
     if wanted.pin is not None:
         return wanted.pin.ready
-    name = f"{wanted.id.stack}/{wanted.id.name}"
+    name = str(wanted.id.first)
     return options.waits or any(name in other.depends_on for other in desired.wanted)
 
 

@@ -264,7 +264,7 @@ def _foreign_holders(puzzle: Puzzle) -> list[tuple[int, str]]:
 
 def _waited_for(wanted: Wanted, desired: DesiredState) -> set[str]:
     """All that it depends on, as "stack/name": without these it does not start."""
-    names = {f"{one.id.stack}/{one.id.name}": one.depends_on for one in desired.wanted}
+    names = {str(one.id.first): one.depends_on for one in desired.wanted}
     found: set[str] = set()
     todo = list(wanted.depends_on)
     while todo:
@@ -280,7 +280,7 @@ def _engines_that_hold(puzzle: Puzzle, spared: set[str]) -> list[Engine]:
     sizes = {
         engine.leader: (sum(held_bytes(engine, device.uuid) for device in puzzle.devices), engine)
         for engine in puzzle.staying
-        if f"{engine.id.stack}/{engine.id.name}" not in spared
+        if str(engine.id.first) not in spared
     }
     holding = [(size, engine) for size, engine in sizes.values() if size]
     return [engine for _, engine in sorted(holding, key=lambda entry: (-entry[0], entry[1].id, entry[1].leader))][

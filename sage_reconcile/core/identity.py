@@ -1,6 +1,6 @@
 """Who is meant: an engine by its id, a process by more than its pid."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -20,6 +20,16 @@ class EngineId:
     def full(self) -> str:
         """The id with its project: `project:stack/name`."""
         return f"{self.project}:{self}"
+
+    @property
+    def first(self) -> "EngineId":
+        """The id of its first replica, `stack/name`, which also stands for all replicas."""
+        return replace(self, replica=0)
+
+
+def in_stack(written: str, stack: str) -> str:
+    """The `stack/name` that a manifest means: within its own stack a name is enough."""
+    return written if "/" in written else f"{stack}/{written}"
 
 
 def engine_id(project: str, text: str) -> EngineId | None:

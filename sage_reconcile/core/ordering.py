@@ -180,7 +180,7 @@ def _should(first: Draft, second: Draft) -> bool:
 
 
 def _depends(dependent: Draft, act: Act) -> bool:
-    return f"{act.engine.stack}/{act.engine.name}" in dependent.depends_on
+    return str(act.engine.first) in dependent.depends_on
 
 
 def _reaches(before: list[set[int]], first: int, second: int) -> bool:

@@ -114,7 +114,7 @@ def _chains(changes: list[Change]) -> dict[EngineId, tuple[EngineId, ...]]:
     starting = {change.id: change.start for change in changes if change.start is not None}
     absent = [change.id for change in changes if not any(engine.leader_alive for engine in change.stops)]
     requires = {
-        engine: {other for other in absent if other in starting and f"{other.stack}/{other.name}" in wanted.depends_on}
+        engine: {other for other in absent if other in starting and str(other.first) in wanted.depends_on}
         for engine, wanted in starting.items()
     }
     chained = {engine for engine, wanted in starting.items() if _wants_devices(wanted)}
@@ -279,7 +279,7 @@ def _ports(
 def _missing_part(wanted: Wanted, observed: ObservedState, homeless: set[EngineId]) -> Refusal | None:
     """What the engine lacks besides a place."""
     spec = wanted.spec
-    waits_for = sorted(str(engine) for engine in homeless if f"{engine.stack}/{engine.name}" in wanted.depends_on)
+    waits_for = sorted(str(engine) for engine in homeless if str(engine.first) in wanted.depends_on)
     if waits_for:
         return Refusal(
             reason="dependency", why=f"it depends on {listed(waits_for)}, which is not ready and cannot be made so"

@@ -215,9 +215,7 @@ def _with_needs(
     needing = tuple(
         replace(
             act,
-            needs=tuple(
-                task.leader for task in awaited if f"{task.engine.stack}/{task.engine.name}" in depends_on[act.engine]
-            ),
+            needs=tuple(task.leader for task in awaited if str(task.engine.first) in depends_on[act.engine]),
         )
         if isinstance(act, StartEngine)
         else act

@@ -143,7 +143,7 @@ class Puzzle:
         )
         numbers = {device.uuid: number for number, device in enumerate(self.devices)}
         present = tuple(
-            (_group(engine.id), numbers[uuid])
+            (engine.id.first.full, numbers[uuid])
             for engine in self.staying
             for uuid in engine.resolved.placement.devices
             if uuid in numbers
@@ -167,7 +167,7 @@ class Puzzle:
                 sum(held_bytes(engine, self.devices[number].uuid) for engine in candidate.stops) for number in home
             ),
             runs=candidate.runs,
-            group=_group(candidate.wanted.id),
+            group=candidate.wanted.id.first.full,
             requires=tuple(map(str, candidate.requires)),
         )
 
@@ -187,10 +187,6 @@ NOT_PINNED = "not among its devices"
 def kind_of(device: Device) -> tuple[str, int]:
     """One fraction is told for all devices of an engine, so they must be alike."""
     return device.name, device.total_bytes
-
-
-def _group(engine: EngineId) -> str:
-    return f"{engine.project}:{engine.stack}/{engine.name}"
 
 
 def numbers_of(devices: tuple[Device, ...], names: Iterable[int | str]) -> set[int]:

@@ -198,6 +198,6 @@ def _backend(engine: Engine) -> Backend | None:
 
 
 def _names(engine: EngineId, spec: EngineSpec) -> tuple[str, ...]:
-    ids = {f"{engine.stack}/{engine.name}", f"{engine.project}:{engine.stack}/{engine.name}", str(engine), engine.full}
+    ids = {str(engine.first), engine.first.full, str(engine), engine.full}
     model = set() if is_path(spec.model) else {spec.model}
     return tuple(sorted({served_model(spec), *spec.aliases} | model | ids))

@@ -11,7 +11,7 @@ from sage_reconcile.core.compare import current_process, why_missing
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.device_shares import Share, engine_holders, foreign_holders, holders_text, shares
 from sage_reconcile.core.footprint import Footprint, footprint
-from sage_reconcile.core.identity import EngineId
+from sage_reconcile.core.identity import EngineId, in_stack
 from sage_reconcile.core.needs import Claim, Need, device_count, need_of, shape_of, why_no_shape
 from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, spec_of
 from sage_reconcile.core.plan import Blocked, Plan, Step, after
@@ -196,15 +196,13 @@ def _depends_on(the_id: EngineId, wanted: Wanted | None, spec: EngineSpec | None
     if wanted is not None:
         return wanted.depends_on
     names = spec.depends_on if spec is not None else ()
-    return tuple(name if "/" in name else f"{the_id.stack}/{name}" for name in names)
+    return tuple(in_stack(name, the_id.stack) for name in names)
 
 
 def _waited(name: str, the_id: EngineId, observed: ObservedState) -> Waited:
     """The worst of its replicas: all of them must be ready."""
     found = [
-        engine
-        for engine in observed.engines
-        if engine.id.project == the_id.project and f"{engine.id.stack}/{engine.id.name}" == name
+        engine for engine in observed.engines if engine.id.project == the_id.project and str(engine.id.first) == name
     ]
     if not found:
         return Waited(name=name, state="missing", reason="it does not run")

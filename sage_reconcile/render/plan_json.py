@@ -120,7 +120,7 @@ def _step(step: Step, observed: ObservedState) -> dict[str, Any]:
     place = step.placement
     return {
         "action": step.action,
-        "engine": f"{step.engine.stack}/{step.engine.name}",
+        "engine": str(step.engine.first),
         "replica": step.engine.replica,
         "kind": step.kind,
         "runtime": step.runtime,

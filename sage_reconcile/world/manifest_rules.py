@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 
+from sage_reconcile.core.identity import in_stack
 from sage_reconcile.core.quantities import bytes_of, size_text
 from sage_reconcile.core.runtimes import is_served, runtime_of
 from sage_reconcile.core.spec import (
@@ -54,7 +55,7 @@ class Entry:
         return tuple(dict.fromkeys(self.dependency(written) for written in self.spec.depends_on))
 
     def dependency(self, written: str) -> str:
-        return written if "/" in written else f"{self.stack}/{written}"
+        return in_stack(written, self.stack)
 
 
 def engine_problems(entry: Entry) -> Iterator[Problem]:
