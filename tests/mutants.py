@@ -48,6 +48,20 @@ MUTANTS = (
         caught_by=("tests/test_house.py",),
     ),
     Mutant(
+        bug="an engine that hangs up on a question is not looked for again",
+        file="sage_reconcile/drive/observer.py",
+        old='in ("refused", "broken")',
+        new='in ("refused",)',
+        caught_by=("tests/drive/test_observer.py", "tests/faults/test_lifecycle.py::killed_while_it_is_asked"),
+    ),
+    Mutant(
+        bug="GPUs of two CPUs are as near each other as those of one",
+        file="sage_reconcile/core/puzzle.py",
+        old="region=region",
+        new="region=0",
+        caught_by=("tests/core/test_gpu_plans.py",),
+    ),
+    Mutant(
         bug="drive imports world",
         file="sage_reconcile/drive/executor.py",
         old="from typing import Protocol\n",

@@ -1,11 +1,10 @@
 """Which devices reach each other fast: NVLink, else PCIe switches alone, else one NUMA node. Pure.
 
-One level for a whole machine, since a packing knows of one: where there are PCIe switches, two of their islands on one
-socket are as far from each other as two on different sockets. It is the border that matters most: beyond it NCCL sends
-everything through the host's memory, unless told otherwise (src/graph/paths.cc, ncclTopoCheckP2p).
+The border of an island is the one that matters most: beyond it NCCL sends everything through the host's memory, unless
+told otherwise (src/graph/paths.cc, ncclTopoCheckP2p). Beyond the border of a NUMA node, from one CPU to the other, too.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from sage_reconcile.core.facts import DeviceFact
 
@@ -29,6 +28,16 @@ def islands(devices: Iterable[DeviceFact]) -> dict[str, int]:
             island = {one.uuid for one in facts if not one.switched and one.numa_node == fact.numa_node}
         found |= dict.fromkeys(island, number)
     return found
+
+
+def regions(devices: Sequence[tuple[int, int | None]]) -> tuple[int, ...]:
+    """The same number for devices whose islands are near each other, for devices given as (island, NUMA node).
+
+    That is their NUMA node. Where an island spans several, or some node is not known, all are as near: 0.
+    """
+    if any(numa is None for _, numa in devices) or len(set(devices)) != len({island for island, _ in devices}):
+        return (0,) * len(devices)
+    return tuple(numa or 0 for _, numa in devices)
 
 
 def _reached(

@@ -207,6 +207,7 @@ def _device(fact: DeviceFact, view: _View, island: int, cuda_number: int | None)
         lingering=lingering,
         closed=why_closed(fact) or _closed(lingering, view),
         island=island,
+        numa_node=fact.numa_node,
         utilization_percent=fact.utilization_percent,
         temperature_celsius=fact.temperature_celsius,
         power_watts=fact.power_watts,

@@ -64,6 +64,8 @@ class Device:
     closed: str = ""
     # Devices of one island reach each other fast.
     island: int = 0
+    # The NUMA node of the host's memory near it; None where the driver does not tell.
+    numa_node: int | None = None
     utilization_percent: int | None = None
     temperature_celsius: int | None = None
     power_watts: float | None = None

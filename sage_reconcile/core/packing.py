@@ -178,7 +178,7 @@ class _Search:
         for wish in self.wishes:
             need = wish.item.need_bytes[device] if device in wish.item.allowed else None
             looks.append((need, device in wish.home, dict(wish.kept).get(device)))
-        return slot.island, slot.kind, *looks
+        return slot.island, slot.region, slot.kind, *looks
 
     def _begin(self) -> Cost:
         self._free = [slot.free_bytes for slot in self.slots]
@@ -242,7 +242,10 @@ class _Search:
         )
 
     def _crossings(self, place: tuple[int, ...]) -> int:
-        return max(len({self.slots[device].island for device in place}) - 1, 0)
+        if len(place) < 2:
+            return 0
+        slots = [self.slots[device] for device in place]
+        return len({slot.island for slot in slots}) + len({slot.region for slot in slots}) - 2
 
     def _crowding(self, item: Item, used: _Used) -> int:
         return sum(self._groups[device].get(item.group, 0) for device, _ in used) if item.group else 0

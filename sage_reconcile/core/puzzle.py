@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
+from sage_reconcile.core.islands import regions
 from sage_reconcile.core.label import parse_label
 from sage_reconcile.core.needs import Claim, Need
 from sage_reconcile.core.observed import Device, Engine, ObservedState, free_bytes, held_bytes
@@ -131,9 +132,10 @@ class Puzzle:
 
     def solved(self) -> Packing:
         kinds = sorted({kind_of(device) for device in self.devices})
+        near = regions([(device.island, device.numa_node) for device in self.devices])
         slots = tuple(
-            Slot(free_bytes=self.free(device), island=device.island, kind=kinds.index(kind_of(device)))
-            for device in self.devices
+            Slot(free_bytes=self.free(device), island=device.island, region=region, kind=kinds.index(kind_of(device)))
+            for device, region in zip(self.devices, near, strict=True)
         )
         items = tuple(self._item(candidate) for candidate in self.candidates)
         nothing = tuple(0 for _ in slots)

@@ -10,6 +10,8 @@ class Slot:
     free_bytes: int
     # Devices of one island reach each other fast (NVLink, PCIe switches, or one NUMA node).
     island: int = 0
+    # Islands of one region are nearer each other than others (one NUMA node).
+    region: int = 0
     # The same for devices of one type and size.
     kind: int = 0
 
@@ -44,7 +46,7 @@ class Cost:
     """What a packing costs; the first difference decides.
 
     1. `left_out`: items without a place. 2. `moves`: running items that leave their home. 3. `strays`: others that
-    come back elsewhere than at their home. 4. `crossings`: islands beyond the first, over all items.
+    come back elsewhere than at their home. 4. `crossings`: islands and regions beyond the first, over all items.
     5. `crowding`: pairs of one group on one device. 6. `scatter`: minus the sum of squares of what stays free, so that
     what is free stays in large pieces; on an over-full device nothing is free.
     """

@@ -141,6 +141,7 @@ def devices_json(observed: ObservedState) -> list[dict[str, Any]]:
             "temperature_celsius": device.temperature_celsius,
             "power_watts": device.power_watts,
             "island": device.island,
+            "numa_node": device.numa_node,
             "troubles": list(device.troubles),
             "closed": device.closed or None,
             "not_given_back": [

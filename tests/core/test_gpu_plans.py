@@ -30,6 +30,16 @@ def begins_before(plan: Plan, first: str, second: str) -> bool:
 # --- mistakes that were made ------------------------------------------------------------------------------------------
 
 
+def test_four_gpus_behind_two_switches_are_of_one_cpu() -> None:
+    """2026-11-28: with pairs of GPUs behind switches, four GPUs could be of two CPUs where one would have done."""
+    pairs = tuple(
+        gpu(number, 10 if number == 1 else 80, island=number // 2, numa_node=number // 4) for number in range(8)
+    )
+    want = desired(wanted("lab/a", use_gpu=True, gpu_memory="40GiB", tensor_parallel=4))
+
+    assert starts(make_plan(want, gpu_world(pairs))) == {"lab/a": ("GPU-4", "GPU-5", "GPU-6", "GPU-7")}
+
+
 @pytest.mark.parametrize("runtime", ["vllm", "sglang"])
 @pytest.mark.parametrize("total", [24, 80, 273])
 @pytest.mark.parametrize("wish", ["1MiB", "5MiB", "15MiB", "30MiB", 1e-05, 0.0002])

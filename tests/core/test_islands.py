@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from sage_reconcile.core.facts import DeviceFact
-from sage_reconcile.core.islands import islands
+from sage_reconcile.core.islands import islands, regions
 
 
 def gpu(index: int, numa: int | None = 0, *, switched: tuple[int, ...] = (), links: tuple[int, ...] = ()) -> DeviceFact:
@@ -48,3 +48,15 @@ def test_nvlink_goes_before_switches() -> None:
 def test_slices_are_where_their_gpu_is() -> None:
     slices = [replace(gpu(0, switched=(1,)), uuid=f"MIG-{letter}", parent="GPU-0") for letter in "ab"]
     assert together(*slices, gpu(1, switched=(0,)), gpu(2)) == ["1 MIG-a MIG-b", "2"]
+
+
+def test_islands_of_one_numa_node_are_nearer_each_other_than_those_of_another() -> None:
+    """Pairs behind switches, two at each of two CPUs: four GPUs stay at one CPU."""
+    pairs = [(island, numa) for island, numa in ((0, 0), (2, 0), (4, 1), (6, 1)) for _ in range(2)]
+    assert regions(pairs) == (0, 0, 0, 0, 1, 1, 1, 1)
+
+
+def test_there_are_no_regions_where_an_island_spans_them_or_nobody_tells_its_numa_node() -> None:
+    assert regions([(0, 0), (0, 1), (2, 1)]) == (0, 0, 0)
+    assert regions([(0, 0), (1, 1), (2, None)]) == (0, 0, 0)
+    assert regions([]) == ()

@@ -67,7 +67,8 @@ def cost_of(
         left_out += place is None
         moves += away and item.runs
         strays += away and not item.runs
-        crossings += max(len({slots[device].island for device in place or ()}) - 1, 0)
+        for near in ([slot.island for slot in slots], [slot.region for slot in slots]):
+            crossings += max(len({near[device] for device in place or ()}) - 1, 0)
     if any(free[device] < 0 for device in new_on):
         return None
     crowding = 0
@@ -87,7 +88,10 @@ def instance(rng: random.Random, most_slots: int, most_items: int) -> tuple[tupl
     """Devices of two kinds, some of them over-full. Of the items some run, some are being replaced, some are new."""
     slots = tuple(
         Slot(
-            free_bytes=rng.choice((0, 10, 24, 24, 40, 80)), island=rng.choice((0, 0, 1)), kind=rng.choice((0, 0, 0, 1))
+            free_bytes=rng.choice((0, 10, 24, 24, 40, 80)),
+            island=rng.choice((0, 0, 1)),
+            region=rng.choice((0, 0, 1)),
+            kind=rng.choice((0, 0, 0, 1)),
         )
         for _ in range(rng.randrange(1, most_slots + 1))
     )
@@ -316,6 +320,15 @@ def item(key: str, need: int | tuple[int, ...], count: int = 1, slots: int = 4, 
 def test_a_tensor_parallel_group_stays_on_one_island() -> None:
     found = placed(item("small", 50, allowed=(1,)), item("pair", 40, 2))
     assert found.places["pair"] == (2, 3)
+
+
+def test_a_group_that_needs_several_islands_stays_in_one_region() -> None:
+    """Pairs of GPUs behind PCIe switches, two pairs at each of two CPUs; one GPU at the first CPU has no room."""
+    free = (80, 80, 80, 10, 80, 80, 80, 80)
+    slots = tuple(Slot(free_bytes=size, island=gpu // 2, region=gpu // 4) for gpu, size in enumerate(free))
+    found = pack(slots, (item("four", 40, 4, slots=8),))
+    assert found is not None
+    assert found.places == {"four": (4, 5, 6, 7)}
 
 
 def test_replicas_have_devices_of_their_own() -> None:
