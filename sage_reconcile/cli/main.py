@@ -70,6 +70,8 @@ def _flushed(stream: TextIO, code: int) -> int:
         stream.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if code == Environment.exit_code:
+            return code  # It was told when it was tried first.
         return _told(f"error: cannot write: {error.strerror}", code or Environment.exit_code)
     return code
 

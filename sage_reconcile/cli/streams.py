@@ -33,7 +33,9 @@ def ensure_streams() -> None:
             opened = os.open(os.devnull, os.O_RDWR)
             if opened != number:
                 os.dup2(opened, number)
-            setattr(sys, name, os.fdopen(number, mode))
+            # Not closed with this object, which is replaced below: the next file opened would take the number, and
+            # what is told would be written into it.
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
     sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
 
 

@@ -71,6 +71,18 @@ def test_a_closed_stream_makes_no_traceback(shell: str, tmp_path: Path, sage: Sa
     assert "bug" not in done.stderr
 
 
+@pytest.mark.parametrize("shell", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_what_goes_to_a_closed_stream_goes_nowhere_and_into_no_file(shell: str, tmp_path: Path, sage: Sage) -> None:
+    # 2026-11-28: the next file that was opened took the number of the stream, and the plan was written into the lock.
+    (tmp_path / "lab").mkdir()
+    done = sage(tmp_path, "apply", "-y", "lab", "--allow-empty", shell=shell)
+    assert done.code == 0, done.stderr
+    (line,) = (tmp_path / "lock").read_text().splitlines()
+    assert line.endswith(f"(apply {tmp_path / 'lab'})")
+    for words in (("snapshot",), ("plan", "lab"), ("status",)):
+        assert sage(tmp_path, *words, shell=shell).code == 0, words
+
+
 def test_an_error_names_what_is_blocked_as_long_as_it_fits_80_columns(tmp_path: Path, sage: Sage) -> None:
     some_projects(tmp_path)
     assert sage(tmp_path, "plan", "blocked").stderr == "error: cannot place lab/chat, see above\n"
@@ -162,8 +174,14 @@ def test_a_mistake_on_the_command_line_names_what_is_meant(
     assert hint == f"  hint: see sage {words[0]} --help"
 
 
-def test_a_full_stdout_is_an_environment_error(tmp_path: Path, sage: Sage) -> None:
-    assert sage(tmp_path, "status", shell="> /dev/full").code == 12
+@pytest.mark.parametrize("words", [("status",), ("plan", "blocked")])
+def test_a_full_stdout_is_an_environment_error_and_told_once(
+    words: tuple[str, ...], tmp_path: Path, sage: Sage
+) -> None:
+    some_projects(tmp_path)
+    done = sage(tmp_path, *words, shell="> /dev/full")
+    assert done.code == 12
+    assert done.stderr.count("error:") == 1
 
 
 @pytest.mark.parametrize(
