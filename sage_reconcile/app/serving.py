@@ -25,9 +25,12 @@ from sage_reconcile.world.router_files import RouterFile
 _LOOK_SECONDS = 0.4
 
 
-def serve(host: str, port: int, on_ready: Callable[[str], None]) -> None:
-    """One OpenAI-compatible address in front of what runs, until a signal. Raises Environment, Refused."""
-    _serve_from(local_host(), bound_socket(host, port), on_ready, lambda before, now: None)
+def serve(host: str, port: int, on_ready: Callable[[str], None], *, project: str | None = None) -> None:
+    """One OpenAI-compatible address in front of what runs, until a signal: of one project, or of all for None.
+
+    Raises Environment, Refused.
+    """
+    _serve_from(local_host(), bound_socket(host, port), on_ready, lambda before, now: None, project=project)
 
 
 def up(
@@ -69,14 +72,20 @@ _Watching = Callable[[ObservedState, ObservedState], None]
 
 
 def _serve_from(
-    machine: LocalHost, listening: socket.socket, on_ready: Callable[[str], None], watching: _Watching
+    machine: LocalHost,
+    listening: socket.socket,
+    on_ready: Callable[[str], None],
+    watching: _Watching,
+    *,
+    project: str | None = None,
 ) -> None:
     machine.answer_seconds, machine.cuts_logs = 0.3, True
     traffic = Traffic()
     first = machine.look()
-    traffic.use(routes(first))
+    traffic.use(routes(first, project))
     stopping = threading.Event()
-    looking = threading.Thread(target=_look_on, args=(machine, traffic, stopping, first, watching), daemon=True)
+    told = (machine, traffic, stopping, first, watching, project)
+    looking = threading.Thread(target=_look_on, args=told, daemon=True)
     looking.start()
     try:
         serve_traffic(traffic, listening, ready=on_ready, stopping=stopping)
@@ -91,6 +100,7 @@ def _look_on(
     stopping: threading.Event,
     before: ObservedState,
     watching: _Watching,
+    project: str | None,
 ) -> None:
     """Look, hand over, and say what is in flight, again and again.
 
@@ -103,7 +113,7 @@ def _look_on(
         while not stopping.is_set():
             try:
                 observed = machine.look()
-                traffic.use(routes(observed))
+                traffic.use(routes(observed, project))
                 mine.write(_said(observed, traffic))
                 prove(machine, observed)
                 watching(before, observed)

@@ -102,8 +102,8 @@ def _problems(error: SageError, file: str) -> list[dict[str, Any]]:
     ]
 
 
-def schema(out: Out = None, color: Colour = "auto") -> None:
-    """Print the JSON Schema of a manifest, for editors and CI."""
+def schema(out: Out = None, project: Project = None, color: Colour = "auto") -> None:
+    """Print the JSON Schema of a manifest, for editors and CI: it is the same for every project."""
     from sage_reconcile.core.schema import stack_schema_json
 
     text = stack_schema_json()

@@ -11,6 +11,9 @@ from sage_reconcile.cli.options import Colour, Paths, Project, Yes, paint_for, s
 def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
+    project: Annotated[
+        str | None, typer.Option("-p", "--project", help="Serve the engines of this project, and of no other.")
+    ] = None,
     color: Colour = "auto",
 ) -> None:
     """Serve one OpenAI-compatible address in front of whatever runs."""
@@ -19,7 +22,7 @@ def serve(
     def listening(url: str) -> None:
         print(f"serving {url}/v1 (Ctrl-C drains and stops)", file=sys.stderr, flush=True)
 
-    serve_here(host, port, listening)
+    serve_here(host, port, listening, project=project)
 
 
 def up(

@@ -94,6 +94,9 @@ def wait(
 
 
 def gpu(
+    project: Annotated[
+        str | None, typer.Option("-p", "--project", help="Only the GPUs that engines of this project are on.")
+    ] = None,
     output: Annotated[str, typer.Option("-o", "--output", metavar="text|json")] = "text",
     color: Colour = "auto",
 ) -> None:
@@ -103,7 +106,10 @@ def gpu(
 
     chosen("-o", output, ("text", "json"))
     observed = local_host().look()
-    print(json.dumps(gpu_json(observed), indent=2) if output == "json" else gpu_text(observed, paint_for(color)))
+    if output == "json":
+        print(json.dumps(gpu_json(observed, project), indent=2))
+    else:
+        print(gpu_text(observed, paint_for(color), project))
 
 
 def why(

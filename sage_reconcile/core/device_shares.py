@@ -22,6 +22,17 @@ def shares(device: Device, observed: ObservedState) -> tuple[Share, ...]:
     return (*ours, *foreign, *dead, *((size, who) for size, who in rest if size > 0))
 
 
+def devices_of(project: str, observed: ObservedState) -> tuple[Device, ...]:
+    """The devices on which engines of a project have a place or hold memory, whether they still run or not."""
+    mine = [engine for engine in observed.engines if engine.id.project == project]
+    return tuple(
+        device
+        for device in observed.devices
+        if any(device.uuid in engine.resolved.placement.devices or held_bytes(engine, device.uuid) for engine in mine)
+        or any(entry.engine.project == project for entry in device.lingering)
+    )
+
+
 def engine_holders(device: Device, engines: Iterable[Engine], project: str) -> list[tuple[int, str]]:
     """(bytes, name) of engines that hold some of a device; those of other projects are named with it."""
     return [(size, called(engine.id, project)) for engine in engines if (size := held_bytes(engine, device.uuid))]

@@ -64,10 +64,12 @@ class NoBackend:
     retry_after_seconds: int | None = None
 
 
-def routes(observed: ObservedState) -> RouteTable:
-    """The table of what runs and of what should."""
+def routes(observed: ObservedState, project: str | None = None) -> RouteTable:
+    """The table of what runs and of what should: of one project, or of all where it is None."""
     backends = tuple(
-        backend for engine in observed.engines if engine.leader_alive and (backend := _backend(engine)) is not None
+        backend
+        for engine in observed.engines
+        if engine.leader_alive and project in (None, engine.id.project) and (backend := _backend(engine)) is not None
     )
     running = {backend.engine for backend in backends}
     absent = tuple(
@@ -78,7 +80,9 @@ def routes(observed: ObservedState) -> RouteTable:
             names=_names(applied.engine, spec),
         )
         for applied in observed.applied
-        if applied.engine not in running and (spec := parse_written(applied.written)) is not None
+        if applied.engine not in running
+        and project in (None, applied.engine.project)
+        and (spec := parse_written(applied.written)) is not None
     )
     return RouteTable(taken_at=observed.taken_at, backends=backends, absent=absent)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sage_reconcile.core.device_shares import Share, shares
+from sage_reconcile.core.device_shares import Share, devices_of, shares
 from sage_reconcile.core.observed import Device, Engine, Holder, Lingering, ObservedState, free_bytes, held_bytes
 from sage_reconcile.core.quantities import gib
 from sage_reconcile.render.lines import flowed, sentence
@@ -18,19 +18,29 @@ _PARTS = (("#", "green", "engines"), ("x", "yellow", "foreign"), ("-", "dim", "r
 _WORDS_AT = 10
 
 
-def gpu_text(observed: ObservedState, paint: Paint = PLAIN) -> str:
-    """Each device with a bar and whose bytes they are, then what could not be seen."""
+def gpu_text(observed: ObservedState, paint: Paint = PLAIN, project: str | None = None) -> str:
+    """Each device with a bar and whose bytes they are, then what could not be seen.
+
+    With a project, the devices that its engines are on: whole, so that the numbers add up.
+    """
     lines: list[str] = []
-    for device in observed.devices:
+    devices = _shown(observed, project)
+    for device in devices:
         lines += [*device_lines(device, observed, paint), ""]
-    if observed.devices:
+    if devices:
         lines.append("".join(f"{paint(colour, letter)} {meaning}  " for letter, colour, meaning in _PARTS).rstrip())
+    elif observed.devices:
+        lines.append(f"no engine of project {project} is on a GPU of {observed.node}")
     else:
         lines.append(f"no GPU is observed on {observed.node}")
     for gap in observed.gaps:
         if "device" in gap.what:
             lines += sentence(f"{gap.what}: {gap.why}", before="cannot see: ", indent=4)
     return "\n".join(lines)
+
+
+def _shown(observed: ObservedState, project: str | None) -> tuple[Device, ...]:
+    return observed.devices if project is None else devices_of(project, observed)
 
 
 def device_lines(device: Device, observed: ObservedState, paint: Paint) -> list[str]:
@@ -113,18 +123,18 @@ def _bar(device: Device, ours_bytes: int, paint: Paint) -> str:
     return "".join(paint(colour, letter * width) for (letter, colour, _), width in zip(_PARTS, widths, strict=True))
 
 
-def gpu_json(observed: ObservedState) -> dict[str, Any]:
-    """The devices, for a program."""
+def gpu_json(observed: ObservedState, project: str | None = None) -> dict[str, Any]:
+    """The devices, for a program; with a project, those that its engines are on."""
     return {
         "format_version": FORMAT_VERSION,
         "observed_at": timestamp(observed.taken_at),
-        "devices": devices_json(observed),
+        "devices": devices_json(observed, _shown(observed, project)),
         "gaps": [{"what": gap.what, "why": gap.why} for gap in observed.gaps],
     }
 
 
-def devices_json(observed: ObservedState) -> list[dict[str, Any]]:
-    """Each device with its bytes, and the processes that use it."""
+def devices_json(observed: ObservedState, devices: tuple[Device, ...]) -> list[dict[str, Any]]:
+    """Each of these devices with its bytes, and the processes that use it and are no engine's."""
     return [
         {
             "node": device.node,
@@ -156,5 +166,5 @@ def devices_json(observed: ObservedState) -> list[dict[str, Any]]:
                 for holder in device.holders
             ],
         }
-        for device in observed.devices
+        for device in devices
     ]

@@ -221,7 +221,7 @@ def status_json(
             }
             for foreign in observed.foreign
         ],
-        "devices": devices_json(observed),
+        "devices": devices_json(observed, observed.devices),
         "suspended": [],
         "gaps": [{"what": gap.what, "why": gap.why} for gap in observed.gaps],
     }

@@ -194,6 +194,17 @@ def test_every_command_takes_color_and_refuses_what_is_none(words: tuple[str, ..
     assert (done.code, '--color is "red"' in done.stderr) == (64, True)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("validate", "m"), ("schema",), ("plan", "m"), ("snapshot", "m"), ("status",), ("gpu",), ("gpu", "-o", "json")],
+)
+def test_every_command_takes_a_project(words: tuple[str, ...], tmp_path: Path, sage: Sage) -> None:
+    (tmp_path / "m").mkdir()
+    for option in ("-p", "--project"):
+        done = sage(tmp_path, *words, option, "lab")
+        assert done.code == 0, done.stderr
+
+
 def test_help_and_no_engine_are_fine(tmp_path: Path, sage: Sage) -> None:
     assert sage(tmp_path, "--help").code == 0
     done = sage(tmp_path, "status")

@@ -211,6 +211,22 @@ def test_engines_of_another_project_count(place: Place) -> None:
         place.sage("down", "-p", f"{place.project}-b", "-y")
 
 
+def test_gpu_of_a_project_shows_the_gpus_that_its_engines_are_on_each_as_a_whole(place: Place) -> None:
+    place.gpus(*FOUR)
+    place.write(place.gpu_fake("chat", mib=20_000, devices=[1]), place.gpu_fake("next", mib=20_000, devices=[3]))
+    place.apply()
+    with place.foreign_on(1, 1_000), place.foreign_on(2, FOREIGN_MIB) as theirs:
+        answer = json.loads(place.sage("gpu", "-p", place.project, "-o", "json").stdout)
+        text = place.sage("gpu", "-p", place.project).stdout
+
+        assert [device["index"] for device in answer["devices"]] == [1, 3]
+        assert answer["devices"][0]["foreign_bytes"] == 1_000 * 1024 * 1024
+        assert [line[:4] for line in text.splitlines() if line.startswith("gpu")] == ["gpu1", "gpu3"]
+        assert f"pid {theirs.pid}" not in text
+        nobody = f"no engine of project {place.project}-b is on a GPU of "
+        assert place.sage("gpu", "-p", f"{place.project}-b").stdout.startswith(nobody)
+
+
 def test_engine_that_is_split_in_four_sees_four_gpus(place: Place) -> None:
     place.gpus(*FOUR)
     big = place.gpu_fake("big", mib=50_000, tensor_parallel=2, pipeline_parallel=2)

@@ -204,6 +204,34 @@ def test_a_sage_that_lives_on_while_engines_die_and_come_holds_no_more_than_at_f
     assert process.returncode == 0
 
 
+def test_serve_of_a_project_serves_that_project_and_no_other(place: Place) -> None:
+    other = place.root / "other"
+    other.mkdir()
+    settings = {"project": f"{place.project}-b", "ports": {"llm": f"{place.spare[4]}-{place.spare[6]}"}}
+    (other / "sage.yaml").write_text(json.dumps(settings))
+    place.write(engine(place, "theirs"), stack="far", directory=other)
+    place.write(engine(place, "chat"), engine(place, "dies"))
+    place.apply()
+    place.sage("apply", str(other), "-y")
+    port = place.spare[0]
+    try:
+        with place.started("serve", "-p", place.project, "--port", str(port)) as process:
+            assert process.stderr is not None
+            process.stderr.readline()
+
+            assert models(port) == mine(place, "chat", "dies")
+            assert ask(port, _CHAT, _asked(served(place, "chat"))).status == 200
+            assert ask(port, _CHAT, _asked(served(place, "theirs"))).status == 404
+            kill(place.pids()["lab/dies"])
+            kill(place.pids()["far/theirs"])
+            until(lambda: models(port) == mine(place, "chat"), "the dead are not listed")
+            # Without a model: the only one of the project is meant, whatever others there are.
+            assert ask(port, _CHAT, {"messages": []}).status == 200
+            assert ask(port, _CHAT, _asked(served(place, "theirs"))).status == 404
+    finally:
+        place.sage("down", "-p", f"{place.project}-b", "-y")
+
+
 def test_an_engine_that_still_loads_or_hangs_is_not_listed(place: Place) -> None:
     place.write(engine(place, "chat"), engine(place, "loads", "--never-ready"), engine(place, "hangs"))
     place.apply("--no-wait")
