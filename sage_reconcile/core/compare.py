@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.diff import FieldChange, field_changes
+from sage_reconcile.core.facts import RecordFact
 from sage_reconcile.core.identity import EngineId
 from sage_reconcile.core.observed import Engine, ObservedState, project_engines, spec_of
 from sage_reconcile.core.plan import Blocked, Drift, PlanOptions
@@ -123,7 +124,7 @@ def _change(
     recreate = Change(id=wanted.id, stops=(current,), start=wanted, action="recreate", reason="spec_changed", cause="")
     as_before = wanted.pin is not None and (wanted.pin.leader, wanted.pin.phase) == (current.leader, current.phase)
     if current.phase in ("stopping", "stuck") and not as_before:
-        return replace(recreate, reason="crashed", cause="an interrupted stop had already signalled it")
+        return replace(recreate, reason="replaced", cause="an interrupted stop had already signalled it")
     changes = field_changes(
         current.written,
         written(wanted),
@@ -165,6 +166,16 @@ def _update_cause(
     return None
 
 
+def was_stopped(record: RecordFact) -> bool:
+    """Whether a process that is gone was stopped by sage, and did not end by itself: its apply or down did not end."""
+    return record.phase in ("stopping", "stuck")
+
+
+def how_it_ended(record: RecordFact) -> str:
+    """What became of a process that is gone, in a sentence."""
+    return f"pid {record.leader.pid} " + ("was stopped, and not started again" if was_stopped(record) else "is gone")
+
+
 def why_missing(engine: EngineId, observed: ObservedState) -> str:
     """Why an engine that does not run does not."""
     return _missing(engine, observed)[1]
@@ -174,8 +185,8 @@ def _missing(engine: EngineId, observed: ObservedState) -> tuple[str, str]:
     """The reason of a start, and its cause."""
     records = [record for record in observed.records if record.engine == engine]
     if any(record.leader.boot_id == observed.boot_id for record in records):
-        pid = max(records, key=lambda record: record.started_at).leader.pid
-        return "crashed", f"pid {pid} is gone"
+        latest = max(records, key=lambda record: record.started_at)
+        return ("restored" if was_stopped(latest) else "crashed"), how_it_ended(latest)
     if records:
         return "after_reboot", "the machine was restarted"
     if any(applied.engine == engine for applied in observed.applied):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sage_reconcile.core.compare import how_it_ended
 from sage_reconcile.core.device_notes import unproved
 from sage_reconcile.core.facts import AppliedFact, RecordFact
 from sage_reconcile.core.observed import Engine, ObservedState, model_of, spec_of
@@ -154,7 +155,7 @@ def _missing_reason(record: RecordFact | None, observed: ObservedState) -> str:
     not_back = _not_back(record, observed)
     # Nobody has waited for it yet, unless it is stuck.
     what = "did not come back" if record.phase == "stuck" else "are not given back yet"
-    return f"pid {record.leader.pid} is gone" + (f", and {not_back} {what}" if not_back else "")
+    return f"pid {record.leader.pid} is gone, and {not_back} {what}" if not_back else how_it_ended(record)
 
 
 def _not_back(record: RecordFact, observed: ObservedState) -> str:

@@ -307,6 +307,25 @@ def test_failed_apply_that_shall_not_restore_leaves_the_good_ones_running(place:
         assert place.engines()["lab/good"]["state"] == "ready"
 
 
+def test_engine_that_a_halted_apply_stopped_has_not_crashed(place: Place) -> None:
+    """2026-11-28: status said that its process was gone, and the next plan that it had crashed."""
+    slow = {"grace": "10s", "drain": "1s"}
+    place.write(fake("chat", "--term-delay", "1.5", update=slow))
+    place.apply()
+    (pid,) = place.pids().values()
+    place.write(fake("chat", "--tokens", "3"), fake("bad", "--exit-code", "1"))
+
+    place.apply("--on-failure", "halt", expect=6)
+
+    because = f"pid {pid} was stopped, and not started again"
+    assert place.engines()["lab/chat"]["reason"] == because
+    place.write(fake("chat", "--tokens", "3"))
+    (step,) = place.plan()["steps"]
+    assert (step["reason"], step["cause"]) == ("restored", because)
+    place.apply()
+    assert place.engines()["lab/chat"]["restarts"] == 0
+
+
 # --- failing to stop --------------------------------------------------------------------------------------------------
 
 
