@@ -624,8 +624,8 @@ MUTANTS = (
     Mutant(
         bug="up forgets its timeout",
         file="sage_reconcile/cli/serve.py",
-        old='ApplyOptions(ready_seconds=seconds_option("--timeout", timeout))',
-        new="ApplyOptions()",
+        old='            ready_seconds=seconds_option("--timeout", timeout),\n',
+        new="",
         caught_by=("tests/faults/test_commands.py::up_gives",),
     ),
     Mutant(

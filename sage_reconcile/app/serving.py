@@ -63,7 +63,9 @@ def up(
                 tell(sentence)
 
         _serve_from(machine, listening, on_ready, tell_news)
-    for ended in down(paths, (), watcher, project=project, everything=False, host=machine):
+    for ended in down(
+        paths, (), watcher, project=project, everything=False, lock_seconds=options.lock_seconds, host=machine
+    ):
         stopped(ended)
 
 

@@ -141,6 +141,7 @@ def down(
     *,
     project: str | None,
     everything: bool,
+    lock_seconds: float = 0.0,
     host: LocalHost | None = None,
 ) -> tuple[Outcome, ...]:
     """Stop engines in order: those of the paths' projects, those with these ids, or all of this user's.
@@ -149,7 +150,7 @@ def down(
     makes a new one. Raises Refused, Usage, Locked, Environment, NewerState.
     """
     host = host or local_host()
-    with locked(lock_paths(os.environ), purpose="down"):
+    with locked(lock_paths(os.environ), purpose="down", wait_seconds=lock_seconds):
         refuse_newer_state(host.root)
         host.measured.keeps = True
         observed = host.look()
@@ -166,6 +167,8 @@ def down(
             left = tuple(sorted((engine, text) for engine, text in applied.items() if engine not in targets | gone))
             outcomes.append(_carried_out(planned, host, watcher, revision=left, on_failure="halt"))
             _keep_measured(host, name, watcher)
+            if outcomes[-1].result == "interrupted":
+                break  # Nobody is asked about the next project any more.
         return tuple(outcomes)
 
 

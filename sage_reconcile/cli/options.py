@@ -20,6 +20,12 @@ Observed = Annotated[
     str | None,
     typer.Option("--observed", metavar="FILE", help="Plan for the machine of this snapshot, not for this one."),
 ]
+Timeout = Annotated[
+    str | None, typer.Option("--timeout", metavar="DURATION", help="How long an engine may take to be ready.")
+]
+LockTimeout = Annotated[
+    str, typer.Option("--lock-timeout", metavar="DURATION", help="How long to wait for another sage.")
+]
 Yes = Annotated[bool, typer.Option("-y", "--yes", "--auto-approve", help="Do not ask.")]
 
 _NUMBER = re.compile(r"\d{1,9}(?:\.\d{1,6})?", re.ASCII)

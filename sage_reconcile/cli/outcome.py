@@ -65,38 +65,41 @@ def blocked_error(plan: Plan) -> SageError:
     return Infeasible(f"cannot place {names}, see above")
 
 
-def finish(outcome: Outcome, paint: Paint) -> None:
-    """Say what came of an apply. Raises ApplyRestored or ApplyStuck when an act failed, Environment for the machine."""
+def finish(outcome: Outcome, paint: Paint, *, verb: str = "apply") -> None:
+    """Say what came of an apply, or of the down that `verb` names.
+
+    Raises ApplyRestored or ApplyStuck when an act failed, Environment for the machine, Interrupted.
+    """
     if outcome.result == "converged" and outcome.plan.changes:
         print(converged_line(outcome.plan, paint))
     if outcome.unwritten:
-        raise _environment_error(outcome)
+        raise _environment_error(outcome, verb)
     if outcome.result == "converged":
         return
     if outcome.result == "interrupted":
         acts = f"{outcome.done} of {len(outcome.plan.acts)} acts were done"
-        hint = "sage status says what runs; sage apply goes on from there"
+        hint = f"sage status says what runs; sage {verb} goes on from there"
         raise Interrupted(f"interrupted: {acts}", signal_number=outcome.stop_signal, hint=hint)
     failures = outcome.failures + outcome.restore_failures
     if any(failure.environment for failure in failures):
-        raise _environment_error(outcome)
-    result = result_text(outcome.result, ran_before=outcome.ran_before)
+        raise _environment_error(outcome, verb)
+    result = result_text(outcome.result, ran_before=outcome.ran_before, verb=verb)
     message = "; ".join(filter(None, (f"{result}: {_because(failures)}", _down(outcome))))
     if any(failure.unseen for failure in failures):
         raise ObservationIncomplete(message, hint="sage gpu shows what the driver tells; sage status what runs")
     if outcome.result == "restored":
         raise ApplyRestored(message)
-    raise ApplyStuck(message, hint="sage status shows what runs now; sage apply tries again")
+    raise ApplyStuck(message, hint=f"sage status shows what runs now; sage {verb} tries again")
 
 
-def _environment_error(outcome: Outcome) -> Environment:
-    """The error for an apply that the machine did not let sage do, or not write down."""
+def _environment_error(outcome: Outcome, verb: str) -> Environment:
+    """The error for an apply or a down that the machine did not let sage do, or not write down."""
     failures = outcome.failures + outcome.restore_failures
     why = "; ".join(filter(None, (_because(failures) if failures else "", outcome.unwritten, _down(outcome))))
     hint = "is the disk full or read-only?"
     if outcome.down:
         hint += " Once it can be written again, the next sage apply starts what is down"
-    result = unwritten_result(outcome.result, ran_before=outcome.ran_before)
+    result = unwritten_result(outcome.result, ran_before=outcome.ran_before, verb=verb)
     return Environment(f"{result}: {why}", hint=hint)
 
 

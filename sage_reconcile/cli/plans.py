@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sage_reconcile.cli.options import Colour, Observed, Paths, Project, Yes, chosen, paint_for, seconds_option
+from sage_reconcile.cli.options import (
+    Colour,
+    LockTimeout,
+    Observed,
+    Paths,
+    Project,
+    Timeout,
+    Yes,
+    chosen,
+    paint_for,
+    seconds_option,
+)
+from sage_reconcile.errors import Usage
 
 if TYPE_CHECKING:
     from sage_reconcile.app.planned import Planned
@@ -21,8 +33,6 @@ AllowMoves = Annotated[
     bool, typer.Option("--allow-moves", help="Start running engines again on other devices where that makes room.")
 ]
 OnFailure = Annotated[str, typer.Option(metavar="rollback|halt|continue", help="What to do when an engine fails.")]
-Timeout = Annotated[str | None, typer.Option(metavar="DURATION", help="How long an engine may take to be ready.")]
-LockTimeout = Annotated[str, typer.Option(metavar="DURATION", help="How long to wait for another sage.")]
 Targets = Annotated[list[str] | None, typer.Argument(metavar="[PATH|ID]...", help="Directories, files or ids.")]
 
 
@@ -118,6 +128,7 @@ def down(
     project: Project = None,
     everything: Annotated[bool, typer.Option("--all", help="All engines of yours on this machine.")] = False,
     yes: Yes = False,
+    lock_timeout: LockTimeout = "0s",
     color: Colour = "auto",
 ) -> None:
     """Stop engines, those that others depend on last."""
@@ -126,17 +137,26 @@ def down(
     from sage_reconcile.cli.outcome import Conversation, finish
 
     named = targets or []
+    if everything and named:
+        raise Usage(f"--all means every engine, and {named[0]} some of them", hint="leave one of them out")
     # What exists on the disk is a path, and so is what cannot be an id.
     ids = tuple(target for target in named if not os.path.exists(target) and _spells_an_id(target))
     paths = tuple(target for target in named if target not in ids)
     if not (named or everything or project):
         paths = default_paths(())
     conversation = Conversation(paint=paint_for(color), live_paint=paint_for(color, to_stderr=True), yes=yes)
-    outcomes = verbs.down(paths, ids, conversation.watcher("Stop them?"), project=project, everything=everything)
+    outcomes = verbs.down(
+        paths,
+        ids,
+        conversation.watcher("Stop them?"),
+        project=project,
+        everything=everything,
+        lock_seconds=seconds_option("--lock-timeout", lock_timeout) or 0.0,
+    )
     if not outcomes:
         print("nothing to stop")
     for outcome in outcomes:
-        finish(outcome, paint_for(color))
+        finish(outcome, paint_for(color), verb="down")
 
 
 def _spells_an_id(target: str) -> bool:

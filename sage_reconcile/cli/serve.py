@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sage_reconcile.cli.options import Colour, Paths, Project, Yes, paint_for, seconds_option
+from sage_reconcile.cli.options import Colour, LockTimeout, Paths, Project, Timeout, Yes, paint_for, seconds_option
 
 
 def serve(
@@ -32,9 +32,8 @@ def up(
         int | None, typer.Option(min=1, max=65535, help="The router's port; default: sage.yaml's, else 8000.")
     ] = None,
     yes: Yes = False,
-    timeout: Annotated[
-        str | None, typer.Option(metavar="DURATION", help="How long an engine may take to be ready.")
-    ] = None,
+    timeout: Timeout = None,
+    lock_timeout: LockTimeout = "0s",
     color: Colour = "auto",
 ) -> None:
     """Apply, then serve in the foreground. Ctrl-C lets running requests finish and stops the engines."""
@@ -53,11 +52,14 @@ def up(
     up_here(
         tuple(paths or ()),
         conversation.watcher("Apply?"),
-        ApplyOptions(ready_seconds=seconds_option("--timeout", timeout)),
+        ApplyOptions(
+            ready_seconds=seconds_option("--timeout", timeout),
+            lock_seconds=seconds_option("--lock-timeout", lock_timeout) or 0.0,
+        ),
         project=project,
         port=port,
         on_ready=listening,
         tell=conversation.note,
         applied=lambda came_of_it: finish_apply(came_of_it, paint),
-        stopped=lambda outcome: finish(outcome, paint),
+        stopped=lambda outcome: finish(outcome, paint, verb="down"),
     )

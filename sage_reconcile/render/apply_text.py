@@ -71,18 +71,18 @@ def ended_lines(
 
 _RESULTS: Mapping[str, str] = {
     "converged": "applied",
-    "restored": "the apply failed, and what ran before runs again",
-    "stuck": "the apply failed, and not everything could be put back",
-    "halted": "the apply failed, and was left as it is",
-    "interrupted": "the apply was interrupted",
+    "restored": "the {verb} failed, and what ran before runs again",
+    "stuck": "the {verb} failed, and not everything could be put back",
+    "halted": "the {verb} failed, and was left as it is",
+    "interrupted": "the {verb} was interrupted",
 }
 
 
-def result_text(result: str, *, ran_before: bool) -> str:
-    """What came of an apply; `ran_before` is whether there was anything to put back."""
+def result_text(result: str, *, ran_before: bool, verb: str = "apply") -> str:
+    """What came of an apply, or of a down; `ran_before` is whether there was anything to put back."""
     if result == "restored" and not ran_before:
         return "the apply failed, and nothing runs, as before"
-    return _RESULTS[result]
+    return _RESULTS[result].format(verb=verb)
 
 
 def restoring_line(restore: Plan) -> str:
@@ -98,11 +98,12 @@ def converged_line(plan: Plan, paint: Paint = PLAIN) -> str:
     return f"{paint('green', 'Applied')}: {done}."
 
 
-def unwritten_result(result: str, *, ran_before: bool) -> str:
-    """What came of an apply of which something could not be written down."""
+def unwritten_result(result: str, *, ran_before: bool, verb: str = "apply") -> str:
+    """What came of an apply or a down of which something could not be written down."""
     if result == "converged":
-        return "applied, but not all of it could be written down"
-    return result_text(result, ran_before=ran_before)
+        done = "stopped" if verb == "down" else "applied"
+        return f"{done}, but not all of it could be written down"
+    return result_text(result, ran_before=ran_before, verb=verb)
 
 
 def down_text(down: tuple[EngineId, ...], stopped: tuple[EngineId, ...]) -> str:

@@ -1,5 +1,6 @@
-"""up, wait, snapshot, gpu, apply --dry-run and --no-wait: what a script or a person sees of them. Real processes."""
+"""down, up, wait, snapshot, gpu, apply --dry-run and --no-wait: what scripts and people see of them. Real processes."""
 
+import fcntl
 import http.client
 import json
 import signal
@@ -13,6 +14,66 @@ from sage_reconcile.core.observed import parse_observed
 from tests.e2e import Place, fake, kill, until
 from tests.long_lived import assert_serves_what_is_ready
 from tests.oracle import alive
+
+# --- down -------------------------------------------------------------------------------------------------------------
+
+
+def test_down_that_is_interrupted_shows_no_further_project_and_names_itself(place: Place) -> None:
+    """2026-11-28: it said that sage apply would go on from there, which would have started what it had stopped."""
+    slow = fake("chat", "--ignore-term", update={"grace": "20s", "drain": "1s"})
+    other = place.root / "other"
+    other.mkdir()
+    settings = {"project": f"{place.project}-z", "ports": {"llm": f"{place.spare[4]}-{place.spare[6]}"}}
+    (other / "sage.yaml").write_text(json.dumps(settings))
+    place.write(slow)
+    place.write(fake("next"), stack="far", directory=other)
+    place.apply()
+    place.sage("apply", str(other), "-y")
+    try:
+        with place.started("down", str(place.manifests), str(other), "-y") as process:
+            assert process.stdout is not None
+            first = process.stdout.readline()
+            until(lambda: place.engines()["lab/chat"]["state"] == "stopping", "the stop has begun")
+            process.send_signal(signal.SIGINT)
+            rest, told = process.communicate(timeout=10)
+
+        assert process.returncode == 130
+        assert f"project {place.project} " in first and f"{place.project}-z" not in rest
+        assert "sage down goes on from there" in told
+        assert "far/next" in place.pids()
+        kill(place.pids()["lab/chat"])
+    finally:
+        place.sage("down", "-p", f"{place.project}-z", "-y")
+
+
+@pytest.mark.parametrize("command", ["down", "up"])
+def test_down_and_up_can_be_told_to_wait_for_another_sage(place: Place, command: str) -> None:
+    """2026-11-28: they said that --lock-timeout would help, and had no such option."""
+    place.write(fake("chat"))
+    place.apply()
+    tries = place.root / "tries"
+    traced = {"SAGE_TEST": "1", "SAGE_FAILPOINT_TRACE": str(tries)}
+    with (place.root / "lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "--lock-timeout" in place.sage(command, str(place.manifests), "-y", expect=8).stderr
+        with place.started(command, str(place.manifests), "-y", "--lock-timeout", "60s", **traced) as process:
+            until(lambda: tries.exists() and len(tries.read_text().split()) > 2, "it has tried a few times")
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            if command == "up":
+                serving(process)
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(15) == 0
+    assert place.pids() == {}
+
+
+def test_all_beside_names_is_a_mistake_and_stops_nothing(place: Place) -> None:
+    """Without -y: a sage that takes --all by its word would ask first."""
+    place.write(fake("chat"))
+    place.apply()
+    for named in (str(place.manifests), f"{place.project}:lab/chat"):
+        assert "--all" in place.sage("down", "--all", named, expect=64).stderr
+    assert place.pids().keys() == {"lab/chat"}
+
 
 # --- up ---------------------------------------------------------------------------------------------------------------
 
