@@ -10,6 +10,7 @@ from sage_reconcile.app.verbs import matching
 from sage_reconcile.core.facts import AppliedFact, RecordFact
 from sage_reconcile.core.label import parse_label
 from sage_reconcile.core.observed import Engine, ObservedState
+from sage_reconcile.errors import Usage
 from sage_reconcile.world import processes
 from sage_reconcile.world.logs import log_path, logged_engines, previous_log
 from sage_reconcile.world.state import state_root
@@ -85,7 +86,13 @@ def _last_record(observed: ObservedState, applied: AppliedFact) -> RecordFact | 
 
 
 def log_file(engine: str, project: str | None, *, previous: bool) -> Path:
-    """The log of an engine, running or not. Raises Usage."""
+    """Where the log of an engine is, running or not; it may be gone while its engine runs. Raises Usage."""
     known = set(logged_engines(state_root(os.environ)))
-    path = log_path(state_root(os.environ), min(matching(engine, known, project)))
+    try:
+        named = matching(engine, known, project)
+    except Usage:
+        observed = local_host().look()
+        runs = {found.id for found in observed.engines} | {fact.engine for fact in observed.applied}
+        named = matching(engine, known | runs, project)
+    path = log_path(state_root(os.environ), min(named))
     return previous_log(path) if previous else path

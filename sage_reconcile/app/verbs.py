@@ -293,8 +293,11 @@ def matching(text: str, known: set[EngineId], project: str | None) -> set[Engine
         and (project is None or engine.project == project)
     }
     if not found:
-        there_is = ", ".join(sorted(str(engine) for engine in known)) or "nothing"
-        raise Usage(f"there is no engine {text}; there is {there_is}")
+        meant = sorted(engine for engine in known if project in (None, engine.project))
+        several = len({engine.project for engine in meant}) > 1
+        there_is = ", ".join(engine.full if several else str(engine) for engine in meant) or "nothing"
+        where = f" in project {project}" if project is not None else ""
+        raise Usage(f"there is no engine {text}{where}; there is {there_is}")
     if len({engine.project for engine in found}) > 1:
         names = ", ".join(sorted(engine.full for engine in found))
         raise Usage(f"{text} is ambiguous: {names}", hint="name the project too")

@@ -62,7 +62,8 @@ def logs(
 
     path = log_file(engine, project, previous=previous)
     if not path.exists() and not follow:
-        raise Environment(f"there is no log {path}", hint="the engine was not started with this state directory")
+        hint = "the engine was not started with this state directory, or its log was deleted"
+        raise Environment(f"there is no log {path}", hint="no process of it ran before this one" if previous else hint)
     if not follow:
         for line in tail(path, lines):
             print(line)

@@ -296,6 +296,20 @@ def test_failed_start_leaves_a_log_to_read_and_the_earlier_log_is_kept(place: Pl
     assert "told to exit with 3" in previous or "x" * 99 in previous
 
 
+def test_log_that_is_not_there_is_told_apart_from_an_engine_that_is_not(place: Place) -> None:
+    """2026-11-28: once the state was deleted, `logs` said that there was no such engine, while it ran."""
+    place.write(fake("chat"))
+    place.apply()
+    told = place.sage("logs", "lab/chat", "--previous", "-p", place.project, expect=12).stderr
+    assert "no process of it ran before" in told
+    shutil.rmtree(place.state)
+
+    assert "there is no log" in place.sage("logs", "lab/chat", "-p", place.project, expect=12).stderr
+
+    told = place.sage("logs", "lab/nope", "-p", place.project, expect=64).stderr
+    assert told == f"error: there is no engine lab/nope in project {place.project}; there is lab/chat\n"
+
+
 @pytest.mark.parametrize("on_failure", ["halt", "continue"])
 def test_failed_apply_that_shall_not_restore_leaves_the_good_ones_running(place: Place, on_failure: str) -> None:
     place.write(fake("bad", "--exit-code", "1"), fake("good"))
