@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
+from sage_reconcile import __version__
 from sage_reconcile.cli import manifests, plans, serve, status
 from sage_reconcile.cli.streams import ensure_streams
 from sage_reconcile.errors import Environment, SageError
@@ -26,11 +27,27 @@ INTERNAL, USAGE, INTERRUPTED, TERMINATED = 1, 64, 130, 143
 
 app = typer.Typer(
     name="sage",
-    help="Run the inference engines that are written down in a directory of manifests, and nothing else.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"sage {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show sage's version and exit.")
+    ] = False,
+) -> None:
+    """Run the inference engines that are written down in a directory of manifests, and nothing else."""
+
+
 app.command()(manifests.validate)
 app.command()(manifests.schema)
 app.command()(plans.plan)

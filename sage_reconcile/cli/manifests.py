@@ -71,7 +71,11 @@ def _validate_there(paths: tuple[str, ...], project: str | None, output: str, fi
 
 def _valid(desired: "DesiredState") -> str:
     stacks = len({wanted.id.stack for wanted in desired.wanted})
-    return f"valid: project {desired.project}, {stacks} stacks, {len(desired.wanted)} engines"
+    return f"valid: project {desired.project}, {_counted(stacks, 'stack')}, {_counted(len(desired.wanted), 'engine')}"
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def _annotation(file: str, line: object, column: object, message: str) -> str:

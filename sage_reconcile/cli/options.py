@@ -12,7 +12,7 @@ from sage_reconcile.errors import Environment, Usage
 from sage_reconcile.render.paint import Paint
 
 Paths = Annotated[
-    list[str] | None, typer.Argument(metavar="[PATH]...", help="Manifest files or directories; default: manifests/.")
+    list[str] | None, typer.Argument(metavar="PATH", help="Manifest files or directories; default: manifests/.")
 ]
 Project = Annotated[str | None, typer.Option("-p", "--project", help="The project's name.")]
 Out = Annotated[str | None, typer.Option("--out", metavar="FILE", help="Write it to this file.")]

@@ -33,7 +33,7 @@ AllowMoves = Annotated[
     bool, typer.Option("--allow-moves", help="Start running engines again on other devices where that makes room.")
 ]
 OnFailure = Annotated[str, typer.Option(metavar="rollback|halt|continue", help="What to do when an engine fails.")]
-Targets = Annotated[list[str] | None, typer.Argument(metavar="[PATH|ID]...", help="Directories, files or ids.")]
+Targets = Annotated[list[str] | None, typer.Argument(metavar="PATH|ID", help="Directories, files or ids.")]
 
 
 def plan(

@@ -21,7 +21,7 @@ _FOLLOW_SECONDS = 0.2
 
 
 def status(
-    engine: Annotated[str | None, typer.Argument(metavar="[ID]")] = None,
+    engine: Annotated[str | None, typer.Argument(metavar="ID")] = None,
     project: Project = None,
     output: Annotated[str, typer.Option("-o", "--output", metavar="text|json")] = "text",
     exit_code: Annotated[
@@ -81,7 +81,7 @@ def logs(
 
 
 def wait(
-    engines: Annotated[list[str], typer.Argument(metavar="ID...")],
+    engines: Annotated[list[str], typer.Argument(metavar="ID")],
     goal: Annotated[str, typer.Option("--for", metavar="ready|stopped", help="What to wait for.")] = "ready",
     timeout: Annotated[str, typer.Option(metavar="DURATION", help="How long to wait.")] = "10m",
     project: Project = None,

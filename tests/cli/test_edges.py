@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Protocol
 
@@ -163,7 +164,7 @@ def some_projects(place: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "missing"),
-    [(("why",), "ID|gpuN"), (("logs",), "ID"), (("wait",), "ID..."), (("logs", "x", "-n", "y"), "-n")],
+    [(("why",), "ID|gpuN"), (("logs",), "ID"), (("wait",), "ID"), (("logs", "x", "-n", "y"), "-n")],
 )
 def test_a_mistake_on_the_command_line_names_what_is_meant(
     words: tuple[str, ...], missing: str, tmp_path: Path, sage: Sage
@@ -203,6 +204,25 @@ def test_every_command_takes_a_project(words: tuple[str, ...], tmp_path: Path, s
     for option in ("-p", "--project"):
         done = sage(tmp_path, *words, option, "lab")
         assert done.code == 0, done.stderr
+
+
+def test_the_version_is_told_as_it_is_packaged(tmp_path: Path, sage: Sage) -> None:
+    packaged = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["version"]
+    done = sage(tmp_path, "--version")
+    assert (done.code, done.stdout, done.stderr) == (0, f"sage {packaged}\n", "")
+
+
+def test_the_usage_of_a_command_is_said_as_people_write_it(tmp_path: Path, sage: Sage) -> None:
+    usages = {"plan": "[PATH]...", "down": "[PATH|ID]...", "status": "[ID]", "wait": "{ID}..."}
+    for command, arguments in usages.items():
+        first = next(line for line in sage(tmp_path, command, "--help").stdout.splitlines() if line.strip())
+        assert first.strip() == f"Usage: sage {command} [OPTIONS] {arguments}"
+
+
+def test_one_engine_is_not_called_engines(tmp_path: Path, sage: Sage) -> None:
+    some_projects(tmp_path)
+    assert sage(tmp_path, "validate", "blocked").stdout == "valid: project blocked, 1 stack, 1 engine\n"
+    assert sage(tmp_path, "validate", "empty").stdout == "valid: project empty, 0 stacks, 0 engines\n"
 
 
 def test_help_and_no_engine_are_fine(tmp_path: Path, sage: Sage) -> None:

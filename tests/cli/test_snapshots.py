@@ -263,7 +263,7 @@ def test_validate_says_whether_all_has_a_place_there(tmp_path: Path, capsys: pyt
     code, out, _ = sage(capsys, "validate", manifests, "--observed", file)
     assert (code, out.splitlines()) == (
         0,
-        ["valid: project lab, 1 stacks, 1 engines", "all of it has a place on box, as of 1970-01-01T00:16:40Z"],
+        ["valid: project lab, 1 stack, 1 engine", "all of it has a place on box, as of 1970-01-01T00:16:40Z"],
     )
     answer = json.loads(sage(capsys, "validate", manifests, "--observed", file, "-o", "json")[1])
     assert (answer["valid"], answer["placeable"], answer["blocked"]) == (True, True, [])
