@@ -64,7 +64,9 @@ def plan_text(plan: Plan, observed: ObservedState, paint: Paint = PLAIN) -> str:
 def _head(plan: Plan, observed: ObservedState) -> list[str]:
     count = len({device.parent or device.uuid for device in observed.devices})
     slices = sum(bool(device.parent) for device in observed.devices)
-    devices = f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU"
+    # Unknown is not none.
+    none = "GPUs not seen" if any(gap.what == "devices" for gap in observed.gaps) else "no GPU"
+    devices = f"{count} GPU{'s' if count > 1 else ''}" if count else none
     devices += f", {slices} MIG slice{'s' if slices > 1 else ''}" if slices else ""
     return flowed([f"project {plan.project}", f"  host {observed.node}", f"  {devices}", f"  {plan.source}"], indent=2)
 

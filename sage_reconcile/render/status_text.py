@@ -51,7 +51,9 @@ def status_text(
     rows = sorted(rows, key=lambda row: tuple(row.values()))
     if not observed.devices and all(row["GPU"] == "-" for row in rows):
         rows = _without("GPU", rows)
-    lines = _table(rows, width, paint) if rows else ["no engine of yours runs here"]
+    # An id that names nothing was refused: what is left out is left out because of its project.
+    nothing = "no engine of that project runs here" if observed.engines else "no engine of yours runs here"
+    lines = _table(rows, width, paint) if rows else [nothing]
     for engine in engines:
         for told in filter(None, (engine.exposed, *unproved(engine, observed))):
             lines += sentence(f"{engine.id} {told}", before="note: ", indent=_BELOW)

@@ -289,6 +289,15 @@ def test_snapshot_is_a_world_that_a_test_can_use_as_it_is(place: Place) -> None:
     place.sage("snapshot", "--out", "/no/such/directory/x", expect=12)
 
 
+def test_status_of_a_project_that_runs_nothing_does_not_say_that_nothing_runs(place: Place) -> None:
+    place.write(fake("chat"))
+    place.apply()
+
+    told = place.sage("status", "-p", f"{place.project}-b").stdout
+
+    assert told.splitlines()[0] == "no engine of that project runs here"
+
+
 def test_gpu_says_that_there_is_none(place: Place) -> None:
     assert place.sage("gpu", SAGE_DISABLE_NVML="1").stdout.startswith("no GPU is observed on ")
     answer = json.loads(place.sage("gpu", "-o", "json", SAGE_DISABLE_NVML="1").stdout)

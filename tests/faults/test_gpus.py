@@ -600,6 +600,8 @@ def test_g6_running_gpu_engine_is_kept_when_its_edit_comes_while_nvml_is_gone(pl
     place.apply()
     pids = place.pids()
     place.gpus(*TWO, NO_NVML)
+    # 2026-11-28: it said "no GPU", as on a machine that has none.
+    assert "  GPUs not seen" in place.sage("plan", str(place.manifests)).stdout.splitlines()[0]
     place.write(place.gpu_fake("chat", mib=31_000))
 
     assert blocked(place.plan(expect=11)) == {"lab/chat": "not_observed"}
