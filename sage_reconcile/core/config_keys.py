@@ -3,32 +3,15 @@
 A value of the wrong type, or an absurd one, is as good as absent.
 """
 
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 # The largest single size that any published config holds is a context of ten million tokens.
 _LARGEST = 10**9
 # Longer lists are not about layers.
 _MOST_ENTRIES = 2000
-
-# Where vision-language models keep the config of their text model.
-_TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config")
-
-# What transformers' config classes fill in, and wrappers such as llava and Gemma 3 therefore leave out.
-_CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-              "vocab_size": 32000, "max_position_embeddings": 2048},
-    "mistral": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 131072},
-    "gemma3_text": {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
-                    "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208, "sliding_window": 4096,
-                    "max_position_embeddings": 131072, "tie_word_embeddings": True},
-    "gemma2": {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
-    "gemma": {"tie_word_embeddings": True, "head_dim": 256},
-    "gemma4_text": {"tie_word_embeddings": True, "head_dim": 256},
-    "gemma3n_text": {"tie_word_embeddings": True, "head_dim": 256},
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +21,13 @@ class Keys:
     values: Mapping[str, Any]
 
     def whole(self, *names: str, default: int = 0) -> int:
-        """The first of these keys that holds a whole number from 0 up."""
+        """The first of these keys that holds a whole number from 0 up; of one for each layer, the largest."""
         for name in names:
             value = self.values.get(name)
-            if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST:
+            if _is_size(value):
                 return value
+            if _are_sizes(value):
+                return max(value)
         return default
 
     def fraction(self, name: str, default: float) -> float:
@@ -72,13 +57,25 @@ class Keys:
         value = self.values.get(name)
         return Keys(values=value if isinstance(value, Mapping) else {})
 
+    def by_layer(self, count: int) -> tuple["Keys", ...]:
+        """The same for each of so many layers: of a list of whole numbers, one for each, that of the layer."""
+        lists = {name: value for name, value in self.values.items() if _are_sizes(value) and len(value) == count}
+        if not lists:
+            return (self,) * count
+        common = dict(self.values)
+        # Not a copy for each layer: anybody may have written a config of a million keys.
+        return tuple(
+            Keys(values=ChainMap({name: value[index] for name, value in lists.items()}, common))
+            for index in range(count)
+        )
+
     @property
     def family(self) -> str:
         return self.text("model_type").lower()
 
     @property
     def hidden(self) -> int:
-        return self.whole("hidden_size", "n_embd", "d_model", "dim")
+        return self.whole("hidden_size", "n_embd", "n_embed", "d_model", "dim")
 
     @property
     def heads(self) -> int:
@@ -109,22 +106,9 @@ class Keys:
         return self.whole("moe_intermediate_size", "expert_intermediate_size") or self.intermediate
 
 
-def text_keys(config: Mapping[str, Any]) -> Keys:
-    """The keys of the text model: those of its own config, and above them what the whole model says."""
-    values = dict(config)
-    # A wrapper may hold a wrapper (Qwen's omni models); nothing published goes deeper.
-    for _ in range(2):
-        inner = next((values.get(name) for name in _TEXT_CONFIGS if isinstance(values.get(name), Mapping)), None)
-        if not isinstance(inner, Mapping):
-            break
-        values = {key: value for key, value in values.items() if key not in _TEXT_CONFIGS} | dict(inner)
-    defaults = _CLASS_DEFAULTS.get(str(values.get("model_type")), {})
-    return Keys(values={**defaults, **{key: value for key, value in values.items() if value is not None}})
+def _is_size(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
 
 
-def tower_keys(config: Mapping[str, Any]) -> tuple[Keys, Keys]:
-    """The configs of the towers for images and for sound; empty keys where there is none."""
-    outer = Keys(values=config)
-    inner = outer.below("thinker_config")
-    holder = inner if inner.values else outer
-    return holder.below("vision_config"), holder.below("audio_config")
+def _are_sizes(value: Any) -> TypeGuard[Sequence[int]]:
+    return isinstance(value, list | tuple) and 0 < len(value) <= _MOST_ENTRIES and all(map(_is_size, value))

@@ -7,9 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sage_reconcile.core.config_keys import Keys, tower_keys
-from sage_reconcile.core.config_layers import Layer, head_sizes
+from sage_reconcile.core.config_caches import head_sizes
+from sage_reconcile.core.config_dialects import BERTS, ENCODERS
+from sage_reconcile.core.config_keys import Keys
+from sage_reconcile.core.config_layers import Layer
+from sage_reconcile.core.config_towers import tower_numbers
 from sage_reconcile.core.quantisation import Quantisation
+from sage_reconcile.core.recurrent_layers import recurrent_numbers
 from sage_reconcile.core.shape import Role, WeightPart
 
 # A piece of a layer: its category, how many numbers.
@@ -32,19 +36,21 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
 _NEVER_QUANTISED = frozenset({"bias", "norm", "router", "indexer", "code books"})
 
 # Feed-forward layers with two matrices; all others have three, one of them a gate.
-_TWO_MATRICES = frozenset(
+_TWO_MATRICES = BERTS | frozenset(
     {
-        "bert", "roberta", "xlm-roberta", "camembert", "mpnet", "gpt2", "gpt_neox", "gptj", "gpt_bigcode", "opt", "phi",
-        "falcon", "bloom", "mpt", "starcoder2", "nemotron", "nemotron_h",
+        "gpt2", "gpt_neo", "gpt_neox", "gptj", "codegen", "gpt_bigcode", "opt", "phi", "falcon", "bloom", "mpt",
+        "starcoder2", "nemotron", "nemotron_h", "apertus",
     }
 )  # fmt: skip
-_ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "mpnet"})
-_QKV_BIAS = _ENCODERS | frozenset(
-    {
-        "qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "gpt2",
-    }
+# A bias beside every matrix.
+_BIASED = BERTS | frozenset({"gpt2", "gpt_neox", "gpt_bigcode", "opt", "phi", "bloom", "starcoder2"})
+_QKV_BIAS = _BIASED | frozenset(
+    {"qwen", "qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text"}
 )  # fmt: skip
-_GATED_TOWERS = frozenset({"qwen2_5_vl", "qwen2_5_omni_vision_encoder", "pixtral", "gemma4_vision"})
+# Encoders whose class for vectors has no pooler (transformers' DistilBertModel, ElectraModel, DebertaV2Model).
+_NO_POOLER = frozenset({"distilbert", "electra", "deberta-v2"})
+# Learned positions: so many more than there are tokens.
+_POSITIONS = {"gpt2": 0, "gpt_bigcode": 0, "gpt_neo": 0, "opt": 2}
 
 
 def parts_of_config(
@@ -52,15 +58,17 @@ def parts_of_config(
 ) -> tuple[WeightPart, ...]:
     """The parts of the weights, as bytes."""
     totals: Counter[tuple[Role, str]] = Counter()
-    for index, layer in enumerate(layers):
-        for category, numbers in _pieces(keys, layer, quantisation):
+    for index, (own, layer) in enumerate(zip(keys.by_layer(len(layers)), layers, strict=True)):
+        for category, numbers in _pieces(own, layer, quantisation):
             bits = _bits(category, index, quantisation)
             storage = quantisation.method if quantisation is not None and bits != 16 else "BF16"
             totals[(_ROLES[category], storage)] += round(numbers * bits)
     totals[("embeddings", "BF16")] += 16 * _embeddings(keys)
-    if not keys.flag("tie_word_embeddings", default=keys.family in _ENCODERS) and keys.family not in _ENCODERS:
+    if not keys.flag("tie_word_embeddings") and keys.family not in ENCODERS:
         totals[("lm_head", "BF16")] += 16 * keys.vocabulary * keys.hidden
-    totals[("vision", "BF16")] += 16 * _towers(config, keys)
+    totals[("vision", "BF16")] += 16 * tower_numbers(config, keys)
+    # Gemma 3n: a matrix into and out of each further stream beside the first.
+    totals[("rest", "BF16")] += 16 * 2 * max(0, keys.whole("altup_num_inputs") - 1) * keys.hidden**2
     # The norm after the last layer.
     totals[("whole", "BF16")] += 16 * keys.hidden
     return tuple(
@@ -85,9 +93,14 @@ def _left(category: str, index: int, quantisation: Quantisation) -> bool:
 def _pieces(keys: Keys, layer: Layer, quantisation: Quantisation | None) -> Iterator[_Piece]:
     if layer.attention in ("full", "window", "chunk"):
         yield from _latent_attention(keys) if keys.whole("kv_lora_rank") else _attention(keys, layer)
-    elif layer.attention in ("linear", "mamba"):
-        yield ("linear", _linear(keys) if layer.attention == "linear" else _mamba(keys))
+    elif layer.attention == "linear":
+        yield ("attention", keys.hidden**2)
+    if layer.recurrent:
+        yield ("linear", recurrent_numbers(keys))
     yield from _feed(keys, layer)
+    # Gemma 3n and the small Gemma 4: what goes into and comes out of the further embedding, and a low-rank bypass.
+    yield ("dense", 3 * keys.hidden * keys.whole("hidden_size_per_layer_input"))
+    yield ("dense", 2 * keys.hidden * keys.whole("laurel_rank"))
     yield ("norm", 2 * keys.hidden)
     if quantisation is not None and quantisation.method == "aqlm":
         # A code book of 65,536 groups of 8 numbers for each of the seven matrices of a layer (AQLM 1x16).
@@ -128,28 +141,11 @@ def _latent_attention(keys: Keys) -> Iterator[_Piece]:
         yield ("indexer", query_rank * indexers * size + hidden * (size + indexers))
 
 
-def _linear(keys: Keys) -> int:
-    """Gated delta net: queries, keys, values, gates and decays in, a convolution, and the way out."""
-    key = keys.whole("linear_num_key_heads") * keys.whole("linear_key_head_dim")
-    heads = keys.whole("linear_num_value_heads")
-    value = heads * keys.whole("linear_value_head_dim")
-    kernel = keys.whole("linear_conv_kernel_dim", default=4)
-    return keys.hidden * (2 * key + 2 * value + 2 * heads) + (2 * key + value) * kernel + value * keys.hidden
-
-
-def _mamba(keys: Keys) -> int:
-    heads = keys.whole("mamba_num_heads", "mamba_n_heads")
-    inner = heads * keys.whole("mamba_head_dim", "mamba_d_head")
-    mixed = inner + 2 * keys.whole("n_groups", "mamba_n_groups") * keys.whole("ssm_state_size", "mamba_d_state")
-    kernel = keys.whole("conv_kernel", "mamba_d_conv", default=4)
-    return keys.hidden * (inner + mixed + heads) + mixed * kernel + inner * keys.hidden
-
-
 def _feed(keys: Keys, layer: Layer) -> Iterator[_Piece]:
     matrices = 2 if keys.family in _TWO_MATRICES else 3
     if layer.feed in ("dense", "both"):
         yield ("dense", matrices * keys.hidden * layer.intermediate)
-        if keys.family in _ENCODERS:
+        if keys.family in _BIASED:
             yield ("bias", layer.intermediate + keys.hidden)
     if layer.feed in ("moe", "both"):
         # Nemotron 3 lets its experts work in a narrower space.
@@ -165,52 +161,20 @@ def _shared(keys: Keys) -> int:
     """The width of the experts that every token passes through."""
     if keys.family == "llama4_text":
         return keys.moe_intermediate
-    own = keys.whole("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
-    return own or keys.whole("n_shared_experts", "num_shared_experts") * keys.moe_intermediate
+    for name in ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"):
+        if keys.whole(name):
+            return keys.whole(name)
+    counts = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
+    return keys.whole(*counts) * keys.moe_intermediate
 
 
 def _embeddings(keys: Keys) -> int:
     words = keys.vocabulary * keys.hidden
-    if keys.family in _ENCODERS:
-        # Positions, kinds of token, and the pooler.
-        return words + (keys.max_positions + keys.whole("type_vocab_size", default=2)) * keys.hidden + keys.hidden**2
+    if keys.family in BERTS:
+        pooler = 0 if keys.family in _NO_POOLER else keys.hidden**2
+        return words + (keys.max_positions + keys.whole("type_vocab_size", default=2)) * keys.hidden + pooler
+    if keys.family in _POSITIONS:
+        words += (keys.max_positions + _POSITIONS[keys.family]) * keys.hidden
     # Gemma 3n and the small Gemma 4: a further embedding for every layer.
     narrow = keys.whole("hidden_size_per_layer_input")
     return words + narrow * keys.whole("vocab_size_per_layer_input", default=keys.vocabulary) * keys.layers
-
-
-def _towers(config: Mapping[str, Any], keys: Keys) -> int:
-    """The towers for images and sound, and what joins them to the text model."""
-    vision, audio = tower_keys(config)
-    total = 0
-    width = vision_width(vision)
-    if width:
-        depth = vision.whole("depth", "num_hidden_layers", "layers") + vision.whole("num_global_layers")
-        layer = config.get("vision_feature_layer")
-        if isinstance(layer, int) and -depth <= layer < -1:
-            # llava takes the output of the last layer but one, and leaves out the last.
-            depth += 1 + layer
-        inner = vision.whole("intermediate_size") or int(vision.fraction("mlp_ratio", 4.0) * width)
-        matrices = 3 if vision.family in _GATED_TOWERS or keys.family.startswith("qwen2_5_vl") else 2
-        total += depth * (4 * width**2 + matrices * width * inner) + _joint(vision, keys, width)
-    sound = audio.whole("d_model", "hidden_size")
-    if sound:
-        depth = audio.whole("encoder_layers", "num_hidden_layers")
-        total += depth * (4 * sound**2 + 2 * sound * audio.whole("encoder_ffn_dim", default=4 * sound))
-    return total
-
-
-def vision_width(vision: Keys) -> int:
-    return vision.whole("embed_dim", "hidden_size", "width")
-
-
-def _joint(vision: Keys, keys: Keys, width: int) -> int:
-    """The patches' embedding and the projector: Qwen merges 2 x 2 patches, the others take each as it is."""
-    patches = 3 * vision.whole("patch_size", default=14) ** 2 * vision.whole("temporal_patch_size", default=1) * width
-    merge = vision.whole("spatial_merge_size")
-    if merge and merge <= 8:
-        wide = width * merge**2
-        mergers = 1 + len(vision.entries("deepstack_visual_indexes"))
-        return patches + mergers * (wide**2 + wide * keys.hidden)
-    out = vision.whole("vision_output_dim", default=width)
-    return patches + out * keys.hidden + (keys.hidden**2 if not vision.whole("vision_output_dim") else 0)

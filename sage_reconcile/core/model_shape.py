@@ -3,26 +3,33 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sage_reconcile.core.config_keys import Keys, text_keys, tower_keys
-from sage_reconcile.core.config_layers import Layer, groups_of, head_sizes, layers_of
-from sage_reconcile.core.config_numbers import latent_up_numbers, parts_of_config, vision_width
+from sage_reconcile.core.config_caches import groups_of, head_sizes
+from sage_reconcile.core.config_dialects import ENCODERS, text_keys, tower_keys
+from sage_reconcile.core.config_keys import Keys
+from sage_reconcile.core.config_layers import Layer, layers_of
+from sage_reconcile.core.config_numbers import latent_up_numbers, parts_of_config
+from sage_reconcile.core.config_towers import vision_width
 from sage_reconcile.core.quantisation import Quantisation, quantisation_of
 from sage_reconcile.core.shape import Basis, ModelShape, UnknownShape, WeightPart
 from sage_reconcile.core.tensor_roles import Tensor, parts_of
 
-_ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "nomic_bert", "modernbert", "new"})
 # Families whose configs and parameter counts this version was tried on, or that share a class with one that was.
-_KNOWN = _ENCODERS | frozenset(
+_KNOWN = ENCODERS | frozenset(
     {
-        "llama", "llama4_text", "mllama_text_model", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe",
-        "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_5_omni_text", "qwen3", "qwen3_moe",
-        "qwen3_next",
-        "qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_5_text", "qwen3_5_moe_text", "gemma", "gemma2", "gemma3_text",
-        "gemma4_text", "phi", "phi3", "gpt_oss", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm", "glm4",
-        "glm4_moe", "glm_moe_dsa", "kimi_k2", "minimax_m2", "nemotron", "nemotron_h", "nemotron-nas", "smollm3",
-        "olmo2",
+        "apertus", "baichuan", "bailing_moe", "bamba", "bloom", "chatglm", "cohere", "cohere2", "dbrx", "deepseek",
+        "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4",
+        "falcon", "falcon_h1", "falcon_mamba", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm",
+        "glm4", "glm4_moe", "glm_moe_dsa", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "granite",
+        "granitemoe", "granitemoehybrid", "hunyuan_v1_dense", "hunyuan_v1_moe", "internlm2", "internlm3", "jamba",
+        "kimi_k2", "kimi_linear", "lfm2", "lfm2_moe", "llama", "llama4_text", "mamba2", "minicpm3", "minimax_m1",
+        "minimax_m2", "ministral", "mistral", "mixtral", "mllama_text_model", "mpt", "nemotron", "nemotron-nas",
+        "nemotron_h", "olmo", "olmo2", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen", "qwen2", "qwen2_5_omni_text",
+        "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl", "qwen2_vl_text", "qwen3", "qwen3_5_moe_text",
+        "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl_moe_text", "qwen3_vl_text", "seed_oss", "smollm3",
+        "stablelm", "starcoder2",
     }
 )  # fmt: skip
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk", "top_k")
 # Towers that take images of any size, and are therefore profiled with the largest (vLLM's qwen2_vl.py and its heirs).
 _ANY_RESOLUTION = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "qwen3_vl", "qwen3_5")
 
@@ -38,31 +45,32 @@ def shape_of_config(
     keys = text_keys(config)
     layers = layers_of(keys)
     quantisation = quantisation_of(config)
-    countable = bool(keys.hidden and keys.heads and layers and keys.vocabulary)
+    attends = any(layer.attention in ("full", "window", "chunk") for layer in layers)
+    countable = bool(keys.hidden and (keys.heads or not attends) and layers and keys.vocabulary)
     if not countable and not tensors:
         return UnknownShape(why="config.json does not say how wide and how deep the model is")
     basis, parts = _parts(config, keys, layers, quantisation, tensors, total_bytes)
     vision, audio = tower_keys(config)
     moe_layers = [layer for layer in layers if layer.feed in ("moe", "both")]
-    is_mla = any(layer.attention == "full" for layer in layers) and keys.whole("kv_lora_rank") > 0
+    latent = sum(layer.attention == "full" for layer in layers)
     return ModelShape(
         family=keys.family or "unknown",
         known=keys.family in _KNOWN,
         basis=basis,
         parts=parts,
-        groups=groups_of(keys, layers, encoder=keys.family in _ENCODERS),
+        groups=groups_of(keys, layers, encoder=keys.family in ENCODERS),
         layers=len(layers),
         attention_heads=keys.heads,
         hidden=keys.hidden,
         intermediate=max((layer.intermediate for layer in layers if layer.feed in ("dense", "both")), default=0),
         vocabulary=keys.vocabulary,
         max_positions=keys.max_positions,
-        tied=keys.flag("tie_word_embeddings") or keys.family in _ENCODERS,
+        tied=keys.flag("tie_word_embeddings") or keys.family in ENCODERS,
         experts=keys.experts if moe_layers else 0,
-        experts_per_token=keys.whole("num_experts_per_tok", "top_k_experts", "moe_k") if moe_layers else 0,
+        experts_per_token=keys.whole(*_TOP_K) if moe_layers else 0,
         moe_intermediate=keys.moe_intermediate if moe_layers else 0,
         rope_numbers=_rope_numbers(keys, layers),
-        latent_up_numbers=latent_up_numbers(keys) * len(layers) if is_mla else 0,
+        latent_up_numbers=latent_up_numbers(keys) * latent if keys.whole("kv_lora_rank") else 0,
         is_multimodal=bool(vision.values or audio.values),
         vision_hidden=vision_width(vision),
         any_resolution=str(config.get("model_type", "")).startswith(_ANY_RESOLUTION),
@@ -108,7 +116,7 @@ def _with_total(parts: tuple[WeightPart, ...], total_bytes: int) -> tuple[Weight
 
 def _rope_numbers(keys: Keys, layers: tuple[Layer, ...]) -> int:
     """The rotary size of each kind of layer that has a table of its own."""
-    if keys.family in _ENCODERS:
+    if keys.family in ENCODERS:
         return 0
     if keys.whole("kv_lora_rank"):
         return keys.whole("qk_rope_head_dim")

@@ -5,13 +5,16 @@ import json
 import os
 import resource
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sage_reconcile.core.config_dialects import DIALECTS
 from sage_reconcile.core.footprint import Serving, footprint
+from sage_reconcile.core.model_shape import shape_of_config
 from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.world.header_files import BadFile, HeaderFile
 from sage_reconcile.world.safetensors_headers import tensors_of
@@ -159,6 +162,39 @@ VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 1.5, 10**400, "", "x" * 10_000, [], [None], [[]], ["re:(a+)+$"] * 50, {}, {"a": {}}, "M*-E",
     {"hidden_size": "a"}, {"depth": 10**8, "hidden_size": 10**8}, [{"attention": 3, "ffn": []}], [10**9] * 100, "*",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", (*VALUES, 1e-300, [0] * 2, [1, 2]), ids=range(len(VALUES) + 3))
+def test_no_value_of_a_key_that_only_one_family_knows_raises(value: Any) -> None:
+    """Each family with a dialect, and every key that a dialect, a tower or a recurrent layer reads."""
+    keys = (
+        "attn_config", "ffn_config", "expansion_ratio", "multi_query", "num_kv_heads", "attn_type_list", "n_head_kv",
+        "attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset", "attn_layer_indices",
+        "linear_attn_config", "full_attn_idxs", "block_multiple_of", "block_ff_dim", "block_ffn_dim_multiplier",
+        "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "sliding_window_pattern", "num_heads",
+        "head_dim", "mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_d_conv", "mamba_dt_rank", "mamba_expand",
+        "state_size", "conv_L_cache", "hidden_dim", "kv_lora_rank", "num_kv_shared_layers", "intermediate_size",
+        "num_hidden_layers", "hidden_size", "num_attention_heads", "altup_num_inputs", "laurel_rank", "layer_types",
+    )  # fmt: skip
+    vision: dict[str, Any] = {"model_type": "mllama_vision_model", "hidden_size": 64, "num_hidden_layers": 2}
+    configs = [{**LLAMA, "model_type": family, key: value} for family in sorted(DIALECTS) for key in keys]
+    for key in ("image_size", "patch_size", "max_num_tiles", "supported_aspect_ratios", "architecture"):
+        configs.append({**LLAMA, "vision_config": {**vision, key: value}})
+    configs.append({**LLAMA, "vision_config": vision, "downsample_ratio": value})
+    configs.append({**LLAMA, "audio_config": {"hidden_size": 64, "conf_num_hidden_layers": value}})
+    for config in configs:
+        found = shape_of_config(config)
+        if isinstance(found, ModelShape):
+            assert footprint(found, Serving(max_model_len=1000)).total_bytes > 0, config
+
+
+def test_a_config_of_a_million_keys_is_not_copied_for_each_layer() -> None:
+    config: dict[str, Any] = {**LLAMA, "num_hidden_layers": 2000, "intermediate_size": [128] * 2000}
+    begun = time.process_time()
+    found = shape_of_config(config | {str(number): 0 for number in range(300_000)})
+
+    assert isinstance(found, ModelShape)
+    assert time.process_time() - begun < 5
 
 
 @pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))

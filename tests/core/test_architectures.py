@@ -1,0 +1,98 @@
+"""What is counted from a config.json alone, for models of as many families as people serve.
+
+tests/footprints/architectures.jsonl holds a model of the hub a line: the keys of its config.json that say how large it
+is, under the names that it gives them; the parameters that its model card tells; and what a further token of a long
+text takes, by hand: 2 x layers that keep all x heads of keys x numbers of a head x bytes, or for latent attention
+layers x numbers of the latent vector x bytes. Both were written down from what is public, not fetched; where a card
+rounds, so does the table.
+"""
+
+import json
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sage_reconcile.core.footprint import Serving, footprint
+from sage_reconcile.core.model_shape import shape_of_config
+from sage_reconcile.core.shape import ModelShape
+
+TABLE = Path(__file__).resolve().parent.parent / "footprints" / "architectures.jsonl"
+ROWS = tuple(json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines())
+
+
+def shape(row: Mapping[str, Any], **changes: Any) -> ModelShape:
+    found = shape_of_config({**row["config"], **changes})
+    assert isinstance(found, ModelShape), found
+    return found
+
+
+def of(model: str) -> Mapping[str, Any]:
+    return next(row for row in ROWS if row["model"] == model)
+
+
+def named(row: Mapping[str, Any]) -> str:
+    return row["model"] + (f" ({row['note']})" if "note" in row else "")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=named)
+def test_parameters_are_those_of_the_model_card(row: Mapping[str, Any]) -> None:
+    assert shape(row).disk_bytes / 2 == pytest.approx(row["parameters"], rel=0.001)
+    # So that no margin is put on what was compared.
+    assert shape(row).known
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if "kv" in row], ids=named)
+def test_a_further_token_takes_what_its_layers_keep(row: Mapping[str, Any]) -> None:
+    told = footprint(shape(row), Serving(max_model_len=8192))
+
+    assert told.kv_bytes_per_token == prod(row["kv"])
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "numbers"),
+    [
+        # Mamba: a convolution of 4 that keeps 3, and 16 numbers for each of twice the width. The others attend.
+        ("ai21labs/Jamba-v0.1", 28, 8192 * 3 * 2 + 8192 * 16 * 2),
+        # Mamba 2 beside attention, in every layer: 24 heads of 128, and a state of 256 in one group.
+        ("tiiuae/Falcon-H1-7B-Instruct", 44, (3072 + 2 * 256) * 3 * 2 + 3072 * 256 * 2),
+        ("ibm-granite/granite-4.0-h-small", 36, (8192 + 2 * 128) * 3 * 2 + 8192 * 128 * 2),
+        # Lightning attention: a square for each head.
+        ("MiniMaxAI/MiniMax-M1-80k", 70, 64 * 128 * 128 * 2),
+        # Kimi delta attention: the same in 32 bits, and convolutions of queries, keys and values.
+        ("moonshotai/Kimi-Linear-48B-A3B-Instruct", 20, 3 * 4096 * 3 * 2 + 32 * 128 * 128 * 4),
+        # A short convolution of 3 that keeps 2.
+        ("LiquidAI/LFM2-1.2B", 10, 2048 * 2 * 2),
+        # Windows of 512 tokens, and a batch of 2,048: 16 of the 20 layers that do not share what others keep.
+        ("google/gemma-3n-E4B-it", 16, (512 + 2048) * 2 * 2 * 256 * 2),
+    ],
+)
+def test_states_and_windows_are_kept_once_for_a_sequence(model: str, layers: int, numbers: int) -> None:
+    told = footprint(shape(of(model)), Serving(max_model_len=32768))
+
+    assert told.kv_bytes_per_sequence == layers * numbers
+
+
+def test_a_config_may_tell_each_layer_a_width_and_heads_of_its_own() -> None:
+    llama = of("meta-llama/Llama-2-7b-hf")
+    even = shape(llama, num_key_value_heads=16)
+    uneven = shape(llama, num_key_value_heads=[8] * 16 + [24] * 16, intermediate_size=[11008] * 31 + [1008])
+
+    told = [footprint(each, Serving(max_model_len=4096)).kv_bytes_per_token for each in (even, uneven)]
+    assert told == [2 * 32 * 16 * 128 * 2] * 2
+    assert even.bytes_of("rest") - uneven.bytes_of("rest") == 3 * 4096 * 10_000 * 2
+
+
+def test_a_matrix_in_place_of_attention_keeps_nothing_and_is_counted() -> None:
+    """As Llama-3.1-Nemotron-51B has it (replace_with_linear)."""
+    plain = {"attention": {"n_heads_in_group": 8}, "ffn": {"ffn_mult": 5.25}}
+    replaced = {"attention": {"replace_with_linear": True}, "ffn": {"replace_with_linear": True}}
+    llama = {**of("meta-llama/Llama-3.1-70B"), "note": ""}
+    one = shape(llama, model_type="nemotron-nas", block_configs=[plain])
+    two = shape(llama, model_type="nemotron-nas", block_configs=[plain, replaced])
+
+    told = [footprint(each, Serving(max_model_len=4096)).kv_bytes_per_token for each in (one, two)]
+    assert told == [2 * 8 * 128 * 2] * 2
+    assert two.bytes_of("rest") - one.bytes_of("rest") == pytest.approx(2 * 8192 * 8192 * 2, rel=0.001)
