@@ -10,6 +10,8 @@ from typing import Any, TypeGuard
 
 # The largest single size that any published config holds is a context of ten million tokens.
 _LARGEST = 10**9
+# Rotary scaling that is part of what max_position_embeddings says.
+_SCALED_ALREADY = ("", "default", "su", "longrope", "llama3", "mrope", "proportional")
 # Longer lists are not about layers.
 _MOST_ENTRIES = 2000
 
@@ -91,7 +93,16 @@ class Keys:
 
     @property
     def max_positions(self) -> int:
-        return self.whole("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+        """The longest text, as vLLM finds it (get_and_verify_max_len)."""
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+        said = self.whole("model_max_length") or self.whole(*names)
+        scaling = self.below("rope_scaling" if self.below("rope_scaling").values else "rope_parameters")
+        kind = scaling.text("rope_type", "type")
+        if kind in _SCALED_ALREADY or self.family.startswith("gemma3"):
+            return said
+        # yarn tells what it scales.
+        scaled = scaling.whole("original_max_position_embeddings", default=said) if kind == "yarn" else said
+        return min(int(scaled * scaling.fraction("factor", 1.0)), _LARGEST)
 
     @property
     def intermediate(self) -> int:

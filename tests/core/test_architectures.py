@@ -96,3 +96,47 @@ def test_a_matrix_in_place_of_attention_keeps_nothing_and_is_counted() -> None:
     told = [footprint(each, Serving(max_model_len=4096)).kv_bytes_per_token for each in (one, two)]
     assert told == [2 * 8 * 128 * 2] * 2
     assert two.bytes_of("rest") - one.bytes_of("rest") == pytest.approx(2 * 8192 * 8192 * 2, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("changes", "longest"),
+    [
+        ({}, 4096),
+        # Command R: 8,192 positions, and texts of 131,072.
+        ({"model_max_length": 131072}, 131072),
+        # LongChat and vicuna-16k: positions four times as close.
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 8192),
+        # Qwen2.5 with yarn as its model card has it; DeepSeek and gpt-oss count it in already.
+        (
+            {
+                "max_position_embeddings": 32768,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
+        (
+            {
+                "max_position_embeddings": 163840,
+                "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096},
+            },
+            163840,
+        ),
+        # Llama 3.1 and Phi 3 count it in; Qwen2-VL scales nothing.
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}, 4096),
+        ({"rope_scaling": {"type": "longrope", "long_factor": [1.0] * 48}}, 4096),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, 4096),
+        ({"rope_scaling": {"factor": None, "type": "video_rope"}}, 4096),
+    ],
+)
+def test_the_longest_text_is_the_one_that_vllm_takes_unless_told(changes: Mapping[str, Any], longest: int) -> None:
+    """Its get_and_verify_max_len: model_max_length goes first, and rotary scaling makes it longer."""
+    found = shape(of("meta-llama/Llama-2-7b-hf"), **changes)
+
+    told = footprint(found, Serving())
+    assert found.max_positions == longest
+    assert told.bytes_of("kv_cache") == longest * 2 * 32 * 32 * 128 * 2
+
+
+def test_gemma_3_counts_its_scaling_in() -> None:
+    assert shape(of("google/gemma-3-4b-it")).max_positions == 131072
