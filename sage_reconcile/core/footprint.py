@@ -38,6 +38,9 @@ _MARGIN_FROM_DEVICES = 8
 # vLLM and SGLang give their cache what is left of the budget, and do not start when that is short of one sequence. Of
 # 19 published logs one took more than 5% above what is counted without the cache (9%).
 _SLACK = 0.05
+# Servers of vectors and scores drop the output of a model that could speak (vLLM's _create_pooling_model_cls), or never
+# load it (AutoModel of transformers).
+_WITHOUT_OUTPUT = ("vllm", "infinity", "tei")
 # No model of such a family was compared, and its parameters were counted by the rules of others.
 _UNKNOWN_FAMILY_MARGIN = 0.10
 
@@ -154,6 +157,9 @@ def _settled(shape: ModelShape, serving: Serving) -> Serving:
 
 def _weights(shape: ModelShape, serving: Serving) -> Term:
     tensor, pipeline = serving.tensor_parallel, serving.pipeline_parallel
+    if serving.kind != "llm" and serving.runtime in _WITHOUT_OUTPUT and shape.basis != "total":
+        # Where only the size of all files is known, it may be that of files without an output.
+        shape = replace(shape, parts=tuple(part for part in shape.parts if part.role != "lm_head"))
     size = weight_bytes(
         shape,
         runtime=serving.runtime,

@@ -18,6 +18,7 @@ import pytest
 from sage_reconcile.core.footprint import Serving, footprint
 from sage_reconcile.core.model_shape import shape_of_config
 from sage_reconcile.core.shape import ModelShape
+from sage_reconcile.core.spec import Kind, RuntimeName
 
 TABLE = Path(__file__).resolve().parent.parent / "footprints" / "architectures.jsonl"
 ROWS = tuple(json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines())
@@ -140,3 +141,24 @@ def test_the_longest_text_is_the_one_that_vllm_takes_unless_told(changes: Mappin
 
 def test_gemma_3_counts_its_scaling_in() -> None:
     assert shape(of("google/gemma-3-4b-it")).max_positions == 131072
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "infinity", "tei"])
+def test_a_server_of_vectors_loads_no_output(runtime: RuntimeName) -> None:
+    """Qwen3-Embedding-8B: its model card tells 7,567,295,488 parameters, 0.62 billion less than with an output."""
+    qwen = shape(of("Qwen/Qwen3-14B"), hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+                 num_attention_heads=32, vocab_size=151665)  # fmt: skip
+    kinds: tuple[Kind, ...] = ("llm", "embedding")
+    speaks, embeds = (
+        footprint(qwen, Serving(kind=kind, runtime=runtime, max_model_len=1024)).bytes_of("weights") for kind in kinds
+    )
+    assert speaks - embeds == qwen.bytes_of("lm_head") == 151665 * 4096 * 2
+    assert (qwen.disk_bytes - qwen.bytes_of("lm_head")) / 2 == pytest.approx(7_567_295_488, rel=0.0001)
+
+
+def test_an_output_that_may_not_be_in_the_files_is_not_taken_off_their_size() -> None:
+    found = shape_of_config(of("Qwen/Qwen3-14B")["config"], total_bytes=20 * 10**9)
+
+    assert isinstance(found, ModelShape)
+    told = footprint(found, Serving(kind="embedding", runtime="infinity", max_model_len=1024))
+    assert told.bytes_of("weights") == pytest.approx(20 * 10**9, abs=10)
