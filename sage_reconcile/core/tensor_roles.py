@@ -16,7 +16,8 @@ _VISION = frozenset(
     {
         "visual", "vision_tower", "vision_model", "vision_encoder", "vision_language_adapter", "audio_tower",
         "audio_model", "audio_encoder", "multi_modal_projector", "mm_projector", "embed_vision", "embed_audio",
-        "patch_merger", "image_newline", "mlp1", "resampler", "vpm", "apm", "talker", "token2wav",
+        "patch_merger", "image_newline", "mlp1", "resampler", "vpm", "apm",
+        "vision", "vision_backbone", "audio", "speech_encoder",
     }
 )  # fmt: skip
 _EMBEDDINGS = frozenset(
@@ -35,6 +36,8 @@ _WHOLE = frozenset(
 )  # fmt: skip
 # Layers for drafting tokens ahead, which are loaded only where speculation is asked for.
 _DRAFT = frozenset({"mtp", "nextn"})
+# What speaks aloud: engines that answer with words skip it (vLLM's qwen2_5_omni_thinker.py).
+_VOICE = frozenset({"talker", "token2wav", "code2wav"})
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blk|h)\.(\d{1,6})\.")
 
 
@@ -58,11 +61,14 @@ def parts_of(tensors: Iterable[Tensor], *, layers: int, quantisation: str | None
 def _role(name: str, layers: int) -> Role | None:
     """None: not loaded."""
     words = name.lower().split(".")
-    found = _LAYER.search(name)
-    if _DRAFT & set(words) or (found is not None and layers and int(found[1]) >= layers):
+    if (_DRAFT & set(words)) or words[0] in _VOICE:
         return None
+    # Before layers are counted: a tower may be deeper than the text model.
     if any(word in _VISION for word in words):
         return "vision"
+    found = _LAYER.search(name)
+    if found is not None and layers and int(found[1]) >= layers:
+        return None
     if "experts" in words or any(word.endswith("_exps") for word in words):
         return "experts"
     if any(word in _EMBEDDINGS for word in words):

@@ -82,6 +82,31 @@ def test_a_directory_tells_its_bytes_by_part_and_leaves_out_layers_for_drafting(
     assert found.groups == (LayerGroup(count=2, cache=HeadCache(kv_heads=2, key_size=16, value_size=16)),)
 
 
+def test_a_tower_may_have_more_layers_than_the_text_model_has(tmp_path: Path) -> None:
+    """PaliGemma 3B: 18 layers of text and 27 of SigLIP, of which nine were taken for layers that draft."""
+    tower = {
+        f"vision_tower.vision_model.encoder.layers.{index}.mlp.fc1.weight": ("BF16", (64, 64)) for index in range(5)
+    }
+    ears = {"thinker.audio_tower.layers.3.fc1.weight": ("BF16", (64, 64))}
+    # GLM-4V 9B: 63 layers that see, above 40 of text.
+    eyes = {"transformer.vision.transformer.layers.62.mlp.fc1.weight": ("BF16", (64, 64))}
+
+    found = seen(a_model(tmp_path / "m", tensors={**TENSORS, **tower, **ears, **eyes}))
+
+    assert found.bytes_of("vision") == 7 * 64 * 64 * 2
+    assert found.bytes_of("rest") == seen(a_model(tmp_path / "text")).bytes_of("rest")
+
+
+def test_what_speaks_aloud_is_not_loaded_by_engines_that_answer_with_words(tmp_path: Path) -> None:
+    """Qwen2.5-Omni: a fifth of its files are a voice, which vLLM skips (talker and token2wav)."""
+    voice = {
+        "talker.model.layers.0.mlp.gate_proj.weight": ("BF16", (64, 64)),
+        "token2wav.code2wav_dit_model.proj_out.weight": ("F32", (64, 64)),
+    }
+
+    assert seen(a_model(tmp_path / "m", tensors={**TENSORS, **voice})).parts == seen(a_model(tmp_path / "x")).parts
+
+
 def test_the_files_that_the_index_names_are_read_and_no_other_copy(tmp_path: Path) -> None:
     model = a_model(tmp_path / "m")
     (model / "model.safetensors").unlink()
