@@ -15,6 +15,11 @@ _MOST_PATTERNS = 64
 _MOST_MODULES = 20_000
 _MOST_ALTERNATIVES = 32
 
+# Under what the methods list modules that they left at 16 bits.
+_LEFT = (
+    "ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules", "exclude",
+)  # fmt: skip
+
 _CHOICE = re.compile(r"\(\??:?([\w|.\\-]*)\)")
 
 
@@ -45,18 +50,12 @@ class Quantisation:
 
 def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
     """None: the weights are stored as numbers of 16 or 32 bits."""
-    keys = Keys(values=config).below("quantization_config")
-    if not keys.values:
-        keys = Keys(values=config).below("compression_config")
+    keys = _said(Keys(values=config))
     method = (keys.text("quant_method") or keys.text("quant_algo")).lower()
     if not method:
         return None
     name, bits = _bits(keys, method)
-    ignored = [
-        entry
-        for key in ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules")
-        for entry in _texts(keys.values.get(key))
-    ]
+    ignored = [entry for key in _LEFT for entry in _texts(keys.values.get(key))]
     modules, patterns = _split(ignored)
     # DeepSeek-V4 keeps its experts in 4 bits below an fp8 checkpoint.
     expert_bits = 4.25 if Keys(values=config).text("expert_dtype") == "fp4" else bits
@@ -68,6 +67,15 @@ def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
         modules=modules,
         patterns=patterns,
     )
+
+
+def _said(config: Keys) -> Keys:
+    """What a config says of it: a model with towers may say it of its text model alone, as Kimi K2.5 does."""
+    texts = (config.below(name) for name in ("text_config", "llm_config", "language_config"))
+    places = (
+        holder.below(name) for holder in (config, *texts) for name in ("quantization_config", "compression_config")
+    )
+    return next((place for place in places if place.values), Keys(values={}))
 
 
 def _bits(keys: Keys, method: str) -> tuple[str, float]:
@@ -93,6 +101,11 @@ def _bits(keys: Keys, method: str) -> tuple[str, float]:
         return method, _aqlm_bits(keys)
     if method == "exl3":
         return method, keys.fraction("bits", 16.0)
+    if method == "quark":
+        return _quark(keys.below("global_quant_config").below("weight"))
+    if method == "hqq":
+        weights = keys.below("quant_config").below("weight_quant_params")
+        return method, _grouped(weights.whole("nbits", default=4), weights.whole("group_size", default=64))
     return method, float(keys.whole("bits", "w_bit", default=16))
 
 
@@ -100,6 +113,16 @@ def _grouped(bits: int, group: int) -> float:
     """Each group of weights has a scale of 16 bits and a zero point of as many bits as a weight."""
     bits = bits if 1 <= bits <= 16 else 4
     return bits + (16 + bits) / (group or 128)
+
+
+def _quark(weights: Keys) -> tuple[str, float]:
+    """AMD's: fp8_e4m3, fp4 (with a scale of 8 bits for 32), int4, int8."""
+    dtype, group = weights.text("dtype"), weights.whole("group_size")
+    if dtype.startswith("fp8"):
+        return "fp8", 8.0
+    if dtype.startswith("fp4"):
+        return "quark", 4.25
+    return "quark", {"int4": _grouped(4, group), "uint4": _grouped(4, group), "int8": 8.0}.get(dtype, 16.0)
 
 
 def _compressed(keys: Keys) -> tuple[str, float]:

@@ -162,3 +162,52 @@ def test_an_output_that_may_not_be_in_the_files_is_not_taken_off_their_size() ->
     assert isinstance(found, ModelShape)
     told = footprint(found, Serving(kind="embedding", runtime="infinity", max_model_len=1024))
     assert told.bytes_of("weights") == pytest.approx(20 * 10**9, abs=10)
+
+
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+}  # fmt: skip
+GROUPS = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 128, "strategy": "group"}
+
+
+@pytest.mark.parametrize(
+    ("quantised", "gigabytes"),
+    [
+        # hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4: 5.73 GB of files.
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}, 5.73),
+        # RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8: 9.08 GB of files. The same numbers by others' words.
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}, 9.08),
+        (
+            {
+                "quant_method": "quark",
+                "global_quant_config": {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}},
+                "exclude": ["lm_head"],
+            },
+            9.08,
+        ),
+        # Symmetric groups of 128 have no zero points.
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized",
+          "config_groups": {"group_0": {"weights": GROUPS}}, "ignore": ["lm_head"]}, 5.70),
+        # 6,979,321,856 linear weights by 4 bits, with 8 bits of scale for 32; and with 20 bits for 64.
+        ({"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp4", "group_size": 32}}}, 5.81),
+        ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}}, 5.86),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_a_quantised_checkpoint_is_as_large_as_its_files(quantised: Mapping[str, Any], gigabytes: float) -> None:
+    found = shape_of_config({**LLAMA_8B, "quantization_config": quantised})
+
+    assert isinstance(found, ModelShape)
+    assert found.disk_bytes / 1e9 == pytest.approx(gigabytes, rel=0.003)
+
+
+def test_what_is_said_of_the_text_model_alone_counts() -> None:
+    """Kimi K2.5 keeps its quantization_config in text_config."""
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    inside = shape_of_config({"model_type": "llava", "text_config": {**LLAMA_8B, "quantization_config": awq}})
+    plain = shape_of_config({**LLAMA_8B, "quantization_config": awq})
+
+    assert isinstance(inside, ModelShape)
+    assert isinstance(plain, ModelShape)
+    assert (inside.quantisation, inside.disk_bytes) == ("awq", plain.disk_bytes)
