@@ -39,7 +39,9 @@ def shape_of_gguf(header: GgufHeader) -> ModelShape | UnknownShape:
     if layers <= 0 or not header.tensors:
         return UnknownShape(why="the file does not say how many layers the model has, or holds no tensors")
     parts = parts_of(header.tensors, layers=layers, quantisation=None)
-    caches = [None if family in _ENCODERS else _cache(header, family, index) for index in range(layers)]
+    # The last layers may look into the cache of one before them (Gemma 3n).
+    own = 0 if family in _ENCODERS else max(0, layers - _whole(header, "attention.shared_kv_layers"))
+    caches = [_cache(header, family, index) if index < own else None for index in range(layers)]
     groups = groupby(sorted(caches, key=repr))
     embeddings = header.lengths.get("tokenizer.ggml.tokens", 0)
     return ModelShape(

@@ -5,6 +5,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,24 @@ def gguf(values: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]] | Non
         out += text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, 0, offset)
         offset += 4 * math.prod(sizes)
     return out + bytes(-len(out) % 32 + offset)
+
+
+def test_gguf_layers_that_share_a_cache_keep_none(tmp_path: Path) -> None:
+    """Gemma 3n: of 35 layers the last 15 look into the cache of one before them."""
+    values = {
+        "general.architecture": "gemma3n", "gemma3n.block_count": 35, "gemma3n.attention.head_count": 8,
+        "gemma3n.attention.head_count_kv": 2, "gemma3n.attention.key_length": 256, "gemma3n.embedding_length": 2048,
+        "gemma3n.attention.value_length": 256, "gemma3n.attention.sliding_window": 512,
+        "gemma3n.attention.shared_kv_layers": 15,
+    }  # fmt: skip
+    (tmp_path / "m.gguf").write_bytes(gguf(values))
+
+    found = seen(tmp_path / "m.gguf")
+
+    whole = HeadCache(kv_heads=2, key_size=256, value_size=256)
+    assert {group.cache: group.count for group in found.groups} == {
+        None: 15, whole: 4, replace(whole, window=512): 16,
+    }  # fmt: skip
 
 
 def test_gguf_layers_of_each_kind_keep_what_llama_cpp_keeps(tmp_path: Path) -> None:
