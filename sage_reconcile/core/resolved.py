@@ -1,4 +1,9 @@
-"""What was decided for one engine: its placement, and the exact command that its process runs."""
+"""What was decided for one engine: its placement, and the exact command that its process runs.
+
+Engines carry it as long as they run, and a newer sage may have written more: fields that are not known are passed over.
+"""
+
+import json
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -6,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from sage_reconcile.core.spec import canonical_json
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="ignore"))
 class Placement:
     """Where one replica lives. Only core.placement makes one; nothing can be started without it.
 
@@ -41,7 +46,7 @@ class Placement:
         return self.memory_bytes_per_device + self.context_bytes_per_device
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="ignore"))
 class Resolved:
     """What was resolved when an engine was started; it stays as long as the engine runs."""
 
@@ -65,6 +70,8 @@ def resolved_json(resolved: Resolved) -> str:
 def parse_resolved(text: str) -> Resolved | None:
     """What `resolved_json` wrote; None for anything else."""
     try:
-        return _JSON.validate_json(text)
-    except ValidationError:
+        found = _JSON.validate_json(text)
+        defaults = json.loads(found.defaults)
+    except (ValidationError, ValueError, RecursionError):
         return None
+    return found if found.argv and isinstance(defaults, dict) else None

@@ -1,5 +1,6 @@
 """From facts to meaning: who is an engine, who belongs to it, what state it is in, and who is foreign."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -164,6 +165,23 @@ def test_a_label_that_makes_no_sense_makes_no_engine(name: str) -> None:
     for nonsense in ("", "x", "[]", "{", "/", "1:", '"a"', "null", "[" * 5000):
         forged = tuple((key, nonsense if key == name else value) for key, value in labelled(identity(100)))
         assert assemble(facts(process(100, label=forged))).engines == ()
+
+
+@pytest.mark.parametrize(("field", "nonsense"), [("defaults", "["), ("defaults", "[]"), ("argv", [])])
+def test_what_was_resolved_must_make_sense_in_all_its_parts(field: str, nonsense: object) -> None:
+    forged = dict(labelled(identity(100)))
+    forged[label.PLACEMENT] = json.dumps(json.loads(forged[label.PLACEMENT]) | {field: nonsense})
+    assert assemble(facts(process(100, label=tuple(sorted(forged.items()))))).engines == ()
+
+
+def test_an_engine_that_a_newer_sage_started_is_an_engine_all_the_same() -> None:
+    """2026-11-28: its label had a field more, so it was taken for gone, and a second one was started beside it."""
+    newer = dict(labelled(identity(100)))
+    resolved = json.loads(newer[label.PLACEMENT])
+    newer[label.PLACEMENT] = json.dumps(resolved | {"of_later": 1, "placement": resolved["placement"] | {"numa": [0]}})
+    newer["SAGE_OF_LATER"] = "1"
+    engine = the_engine(facts(process(100, label=tuple(sorted(newer.items())))))
+    assert (engine.id, engine.leader, engine.resolved) == (CHAT.id, identity(100), CHAT.resolved)
 
 
 def test_sage_and_its_ancestors_are_never_members() -> None:

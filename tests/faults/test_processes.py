@@ -594,6 +594,32 @@ def test_p19_session_leader_with_a_label_that_names_no_leader_is_never_signalled
         assert sleeper.poll() is None
 
 
+# What the gate does: the process names itself, and becomes its program.
+_SELF_NAMED = 'export SAGE_LEADER="$$:$(cut -d" " -f22 /proc/$$/stat):$0"; exec "$@"'
+
+
+def test_p18_engine_of_a_newer_sage_is_taken_as_it_is_and_not_started_twice(place: Place) -> None:
+    """2026-11-28: where its label had a field that this sage does not know, apply started a second one beside it."""
+    place.write(fake("chat", update=_QUICK))
+    place.apply()
+    (pid,) = place.pids().values()
+    words, label = _argv(pid), {name: environ(pid)[name] for name in _LABEL}
+    place.sage("down", str(place.manifests), "-y")
+    resolved = json.loads(label["SAGE_PLACEMENT"])
+    newer = resolved | {"of_later": 1, "placement": resolved["placement"] | {"numa_nodes": [0]}}
+    label |= {"SAGE_PLACEMENT": json.dumps(newer), "SAGE_OF_LATER": "1"}
+    namespace = label.pop("SAGE_LEADER").rpartition(":")[2]
+    with stranger("/usr/bin/setsid", "/bin/sh", "-c", _SELF_NAMED, namespace, *words, **label) as theirs:
+        until(lambda: listens(place.ports[0]), "the engine listens")
+
+        place.apply()
+
+        assert place.pids() == {"lab/chat": theirs.pid}
+        assert place.engines()["lab/chat"]["state"] == "ready"
+        place.sage("down", str(place.manifests), "-y")
+        assert theirs.wait(10) is not None
+
+
 def test_p19_engines_of_another_project_are_left_alone(place: Place) -> None:
     other = other_project(place)
     place.sage("apply", str(other), "-y")
