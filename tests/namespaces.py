@@ -21,7 +21,7 @@ _AS_ROOT_OF_ITS_OWN = ("--user", "--map-root-user")
 
 _PR_CAPBSET_DROP = 24  # include/uapi/linux/prctl.h
 # include/uapi/linux/capability.h
-CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_NET_BIND_SERVICE = 1, 2, 10
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_NET_BIND_SERVICE, CAP_SYS_PTRACE = 1, 2, 10, 19
 
 
 @lru_cache

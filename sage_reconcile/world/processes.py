@@ -63,10 +63,10 @@ class Stat:
 
 
 def stat(pid: int) -> Stat | None:
-    """/proc/PID/stat; None when there is no such process."""
+    """/proc/PID/stat; None when there is no such process, or it is hidden from us (proc(5), hidepid)."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     # The command's name stands in parentheses and may hold any character, so the fields are counted from its end.
     fields = text[text.rindex(")") + 2 :].split()

@@ -36,7 +36,7 @@ from sage_reconcile.world.records import Records
 from tests import builders
 from tests.e2e import FAKE_ENGINE, Place, fake, kill, listens, place_in, stranger, until
 from tests.fakes import FakeHost, MemoryJournal
-from tests.namespaces import inside
+from tests.namespaces import CAP_SYS_PTRACE, inside, mount, without
 from tests.oracle import Ran, alive, environ, environment, labelled, run_sage, stat_fields
 
 CHAOS = os.environ.get("CHAOS") == "1"
@@ -664,6 +664,32 @@ def other_project(place: Place) -> Path:
     (other / "sage.yaml").write_text(json.dumps(settings), encoding="utf-8")
     place.write(fake("chat", update=_QUICK), directory=other, stack="theirs")
     return other
+
+
+def test_p19_machine_that_hides_other_processes_is_worked_on_all_the_same(tmp_path: Path) -> None:
+    """2026-11-28: /proc with hidepid=1 refuses to show even sage's own ancestors, and every command ended with 1.
+
+    What holds privileges that sage lacks is hidden from it, whoever's it is: here all but sage and what it starts.
+    """
+    for number, hidden in enumerate(("hidepid=1", "hidepid=2")):
+        inside(("mount", "pid"), hide_others, str(tmp_path / str(number)), hidden)
+
+
+def hide_others(root: str, hidden: str) -> None:
+    # A group that may see all the same is the machine's root's, unless another is named: root of all is in that.
+    of_all = Path("/proc/self/gid_map").read_text(encoding="ascii").split()[-1] == "4294967295"
+    mount("-o", f"remount,{hidden}" + (",gid=65534" if of_all else ""), "/proc")
+    # Not by PID 1 itself, of which sage as its child would ask nothing.
+    inside((), work_where_others_are_hidden, root)
+
+
+def work_where_others_are_hidden(root: str) -> None:
+    Path(root).mkdir()
+    with place_in(Path(root)) as place:
+        place.write(fake("chat", update=_QUICK))
+        for command, *options in (("plan",), ("apply", "-y"), ("plan",), ("down", "-y")):
+            place.sage(command, str(place.manifests), *options, before=without(CAP_SYS_PTRACE))
+        place.sage("status", before=without(CAP_SYS_PTRACE))
 
 
 def test_p19_login_shell_and_its_jobs_outlive_the_engines_that_were_started_from_it(place: Place) -> None:
