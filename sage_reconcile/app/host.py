@@ -33,6 +33,7 @@ from sage_reconcile.core.spec import EngineSpec, parse_written
 from sage_reconcile.drive.observer import observe
 from sage_reconcile.errors import Environment
 from sage_reconcile.world import processes, sockets
+from sage_reconcile.world.clock import WatchedClock
 from sage_reconcile.world.failpoints import failpoint
 from sage_reconcile.world.gpus import Gpus
 from sage_reconcile.world.journal_file import AppliedRevisions
@@ -80,6 +81,7 @@ class LocalHost:
     # When each engine was last asked a request of its kind, and how long to wait until the next.
     _asked: dict[ProcessIdentity, tuple[float, float]] = field(default_factory=dict)
     _interrupts: Interrupts = field(default_factory=Interrupts)
+    _clock: WatchedClock = field(default_factory=WatchedClock)
 
     def __post_init__(self) -> None:
         self._applied = AppliedRevisions(self.root)
@@ -332,7 +334,7 @@ class LocalHost:
     # --- time and signals ---
 
     def now(self) -> float:
-        return time.monotonic()
+        return self._clock.now()
 
     def wall_clock(self) -> float:
         return time.time()

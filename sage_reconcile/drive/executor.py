@@ -33,7 +33,7 @@ class Host(Protocol):
         """Carry out an order and return at once; only a Spawn has a result."""
 
     def now(self) -> float:
-        """Seconds of a clock that never goes back."""
+        """Seconds of a clock that never goes back, and stands still while this sage is stopped."""
 
     def wall_clock(self) -> float:
         """Epoch seconds, for people to read."""

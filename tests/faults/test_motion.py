@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from sage_reconcile.core.journal import ActBegun, PlanEnded
-from tests.e2e import FAKE_ENGINE, Place, fake, kill, place_in, until
+from tests.e2e import FAKE_ENGINE, Place, fake, kill, listens, place_in, until
 from tests.namespaces import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, ROOT, inside, mount, without
 from tests.oracle import environment, labelled, run_sage, stat_fields
 
@@ -211,6 +211,23 @@ def test_p2_ctrl_c_at_a_terminal_reaches_no_engine(place: Place) -> None:
     assert place.pids() == pids
     place.apply()
     assert place.pids() == pids
+
+
+def test_p2_apply_that_is_stopped_and_goes_on_ends_no_engine_that_became_ready_meanwhile(place: Place) -> None:
+    """2026-11-28: the time for which Ctrl-Z stopped an apply counted, and its healthy engine was ended as not ready."""
+    place.write(fake("chat", "--bind-after", "0.5"))
+    with place.started("apply", str(place.manifests), "-y", "--timeout", "4s") as process:
+        pids = until(place.pids, "the engine is started")
+        process.send_signal(signal.SIGSTOP)
+        stopped_at = time.monotonic()
+        until(lambda: listens(place.ports[0]), "the engine listens")
+        until(lambda: time.monotonic() - stopped_at > 4.5, "the engine's time is over")
+
+        process.send_signal(signal.SIGCONT)
+
+        assert process.wait(15) == 0, process.communicate()[1]
+    assert place.pids() == pids
+    place.assert_at_rest()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
