@@ -74,6 +74,8 @@ class Terminated(BaseException):
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and leave with its exit code; errors.py says what each means."""
     signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # As nohup leaves it.
+        signal.signal(signal.SIGHUP, _hung_up)
     ensure_streams()
     code = _run(arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -146,3 +148,9 @@ def _told(text: str, code: int) -> int:
 
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
     raise Terminated
+
+
+def _hung_up(_number: int, _frame: FrameType | None) -> None:
+    """A terminal that is closed ends a command as SIGTERM does. Once: the kernel tells of it, and then the shell."""
+    signal.signal(signal.SIGHUP, lambda _number, _frame: None)
+    signal.raise_signal(signal.SIGTERM)

@@ -4,6 +4,7 @@
 the command does what it was asked and ends with the exit code that is due.
 """
 
+import errno
 import io
 import os
 import sys
@@ -14,14 +15,21 @@ if TYPE_CHECKING:
 
 
 class _Outlet(io.FileIO):
-    """A file descriptor that takes everything once nobody reads it any more."""
+    """A file descriptor that takes everything once nobody reads it: the reader of a pipe left, a terminal was closed."""
 
     reader_left = False
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._is_terminal = self.isatty()
 
     def write(self, written: "ReadableBuffer", /) -> int:
         try:
             return super().write(written)
-        except BrokenPipeError:
+        except OSError as error:
+            # A terminal that was closed answers EIO (tty_ioctl(4), hangup); so does a broken disk.
+            if not isinstance(error, BrokenPipeError) and not (self._is_terminal and error.errno == errno.EIO):
+                raise
             self.reader_left = True
             return memoryview(written).nbytes
 
@@ -44,7 +52,7 @@ def _tolerant(stream: TextIO) -> TextIO:
         return stream
     stream.flush()
     return io.TextIOWrapper(
-        io.BufferedWriter(_Outlet(stream.fileno(), "w", closefd=False)),
+        io.BufferedWriter(_Outlet(stream.fileno())),
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,

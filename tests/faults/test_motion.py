@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -211,6 +211,92 @@ def test_p2_ctrl_c_at_a_terminal_reaches_no_engine(place: Place) -> None:
     assert place.pids() == pids
     place.apply()
     assert place.pids() == pids
+
+
+def test_p2_terminal_that_is_closed_ends_an_apply_between_two_acts(place: Place) -> None:
+    """2026-11-28: SIGHUP ended it wherever it was, without the end of its plan in the journal."""
+    place.write(fake("quick"), fake("slow", "--ready-after", "2"))
+    with at_a_terminal_to_close(place, "apply", str(place.manifests), "-y") as (process, close):
+        pids = until(lambda: place.pids() if len(place.pids()) == 2 else {}, "both engines are started")
+
+        close()
+
+        assert process.wait(_AT_ONCE_SECONDS) == 143
+    assert_closed(place)
+    assert place.pids() == pids
+    place.apply()
+    assert place.pids() == pids
+    place.assert_at_rest()
+
+
+def test_p2_terminal_that_is_closed_ends_an_up_as_ctrl_c_does_and_stops_its_engines(place: Place) -> None:
+    """2026-11-28: SIGHUP ended it, and its engines ran on without a router. A shell sends it too: it comes twice."""
+    place.write(fake("chat", update=_QUICK))
+    with at_a_terminal_to_close(place, "up", str(place.manifests), "-y") as (process, close):
+        until(lambda: listens(place.spare[-1]), "it serves")
+
+        close()
+        process.send_signal(signal.SIGHUP)
+
+        assert process.wait(10) == 0
+    assert place.pids() == {}
+    place.assert_nothing_left()
+
+
+@pytest.mark.parametrize("command", ["apply", "serve"])
+def test_p2_command_that_nohup_began_outlives_its_terminal(place: Place, command: str) -> None:
+    place.write(fake("chat", "--ready-after", "0.5"))
+    port = place.spare[0]
+    words = {"apply": ("apply", str(place.manifests), "-y"), "serve": ("serve", "--port", str(port))}[command]
+    with at_a_terminal_to_close(place, *words, begins=_ignore_hangup) as (process, close):
+        until(place.pids if command == "apply" else lambda: listens(port), "it is at work")
+
+        close()
+
+        if command == "apply":
+            assert process.wait(15) == 0
+        else:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+            assert listens(port)
+            process.terminate()
+            assert process.wait(10) == 0
+
+
+def _ignore_hangup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@contextmanager
+def at_a_terminal_to_close(
+    place: Place, *arguments: str, begins: Callable[[], None] = lambda: None
+) -> Iterator[tuple["subprocess.Popen[bytes]", Callable[[], None]]]:
+    """A command at a terminal of its own, and what closes that: as a window, or a connection that breaks."""
+    ours, theirs = pty.openpty()
+
+    def before() -> None:
+        _take_terminal()
+        begins()
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sage_reconcile", *arguments],
+        cwd=place.root,
+        env=environment(place.state) | {"TERM": "xterm"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=before,
+    )
+    os.close(theirs)
+    open_ends = [ours]
+    try:
+        yield process, lambda: os.close(open_ends.pop())
+    finally:
+        process.kill()
+        process.wait()
+        for end in open_ends:
+            os.close(end)
 
 
 def test_p2_apply_that_is_stopped_and_goes_on_ends_no_engine_that_became_ready_meanwhile(place: Place) -> None:
