@@ -71,7 +71,7 @@ def seated(
     }
     for candidate in puzzle.candidates:
         place = packing.places[str(candidate.wanted.id)]
-        if place is not None and (not candidate.runs or set(place) != set(puzzle.home_of(candidate))):
+        if place is not None and not puzzle.stays(candidate, place):
             seats[candidate.wanted.id] = puzzle.seat(candidate, place)
     return Seating(seats=seats, refusals=refused, proved=packing.proved)
 
@@ -176,16 +176,12 @@ def _refusal(
 
 def _shortfall(candidate: Candidate, number: int, puzzle: Puzzle, packing: Packing) -> Shortfall:
     device = puzzle.devices[number]
+    places = [(other, packing.places[str(other.wanted.id)]) for other in puzzle.candidates if other is not candidate]
+    kept = [engine for other, place in places if puzzle.stays(other, place) for engine in other.stops]
     others = [
         (other, puzzle.need(other, device))
-        for other in puzzle.candidates
-        if other is not candidate and number in (packing.places[str(other.wanted.id)] or ())
-    ]
-    kept = [
-        engine
-        for other in puzzle.candidates
-        if other is not candidate and packing.places[str(other.wanted.id)] is None
-        for engine in other.stops
+        for other, place in places
+        if not puzzle.stays(other, place) and number in (place or ())
     ]
     free = puzzle.free(device) - sum(size for _, size in others)
     free -= sum(held_bytes(engine, device.uuid) for engine in kept)

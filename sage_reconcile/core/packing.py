@@ -71,7 +71,7 @@ def _wishes(slots: tuple[Slot, ...], items: tuple[Item, ...]) -> tuple[_Wish, ..
     held = [0] * len(slots)
     for item in items:
         assert len(item.need_bytes) == len(slots), item.key
-        assert len(item.stays_bytes) in (0, len(item.home)), item.key
+        assert len(item.stays_bytes) in (0, len(slots)), item.key
         for device, size in _kept(item):
             held[device] += size
     wishes = []
@@ -120,10 +120,10 @@ def _joined(wishes: list[_Wish]) -> tuple[_Wish, ...]:
 
 
 def _kept(item: Item) -> _Used:
-    """What the item holds, by device, if nothing of it changes."""
-    if item.runs:
-        return tuple((device, item.need_bytes[device]) for device in item.home)
-    return tuple(zip(item.home, item.stays_bytes, strict=True)) if item.stays_bytes else ()
+    """What the item holds, by device, if nothing of it changes: not only at its home, of which a part may be lost."""
+    if item.stays_bytes:
+        return tuple((device, size) for device, size in enumerate(item.stays_bytes) if size or device in item.home)
+    return tuple((device, item.need_bytes[device]) for device in item.home if item.runs)
 
 
 def _rows(slots: tuple[Slot, ...], item: Item) -> tuple[tuple[int, ...], ...]:
@@ -197,7 +197,7 @@ class _Search:
             if place is not None and not wish.has_home:
                 return
             cost = self._with(wish, place, wish.kept, cost)
-            self._occupy(wish.item.group, wish.kept, False, 1)
+            self._occupy(wish, place, wish.kept, 1)
         self.best_cost, self.best_places = cost, places
 
     def _descend(self, depth: int, cost: Cost) -> None:
@@ -212,22 +212,23 @@ class _Search:
             return
         wish = self.wishes[depth]
         for place in self._choices(wish):
-            used, fresh = _used(wish, place), not _stays(wish, place)
+            used = _used(wish, place)
             after = self._with(wish, place, used, cost)
-            self._occupy(wish.item.group, used, fresh, 1)
+            self._occupy(wish, place, used, 1)
             self._places.append(place)
             self._descend(depth + 1, after)
             self._places.pop()
-            self._occupy(wish.item.group, used, fresh, -1)
+            self._occupy(wish, place, used, -1)
             if self.nodes > self.budget_nodes:
                 return
 
-    def _occupy(self, group: str, used: _Used, fresh: bool, sign: int) -> None:
+    def _occupy(self, wish: _Wish, place: _Place, used: _Used, sign: int) -> None:
+        group, fresh = wish.item.group, sign * (not _stays(wish, place))
         for device, size in used:
             self._free[device] -= sign * size
-            self._fresh[device] += sign * fresh
-            if group:
-                self._groups[device][group] = self._groups[device].get(group, 0) + sign
+            self._fresh[device] += fresh
+        for device in _lived_on(wish, place, used) if group else ():
+            self._groups[device][group] = self._groups[device].get(group, 0) + sign
 
     def _with(self, wish: _Wish, place: _Place, used: _Used, cost: Cost) -> Cost:
         """The cost once the item has this place."""
@@ -237,7 +238,7 @@ class _Search:
             moves=cost.moves + (away and wish.item.runs),
             strays=cost.strays + (away and not wish.item.runs),
             crossings=cost.crossings + self._crossings(place or ()),
-            crowding=cost.crowding + self._crowding(wish.item, used),
+            crowding=cost.crowding + self._crowding(wish, place, used),
             scatter=cost.scatter + self._scatter(used),
         )
 
@@ -247,8 +248,8 @@ class _Search:
         slots = [self.slots[device] for device in place]
         return len({slot.island for slot in slots}) + len({slot.region for slot in slots}) - 2
 
-    def _crowding(self, item: Item, used: _Used) -> int:
-        return sum(self._groups[device].get(item.group, 0) for device, _ in used) if item.group else 0
+    def _crowding(self, wish: _Wish, place: _Place, used: _Used) -> int:
+        return sum(self._groups[device].get(wish.item.group, 0) for device in _lived_on(wish, place, used))
 
     def _scatter(self, used: _Used) -> int:
         return sum(_square(self._free[device]) - _square(self._free[device] - size) for device, size in used)
@@ -297,7 +298,7 @@ class _Search:
         return (
             _is_away(wish, place),
             self._crossings(place),
-            self._crowding(wish.item, used),
+            self._crowding(wish, place, used),
             self._scatter(used),
             place,
         )
@@ -370,22 +371,25 @@ class _Search:
                     missing, total, squares = missing - 1, total + size, squares + size * size
             if not missing:
                 options.append((total, squares))
-        if len(options) <= 1:
-            return options[0] if options else None
-        return min(total for total, _ in options), min(squares for _, squares in options)
+        return (min(total for total, _ in options), min(squares for _, squares in options)) if options else None
 
     def _comes_home(self, wish: _Wish) -> bool:
         return wish.has_home and all(self._free[device] >= wish.item.need_bytes[device] for device in wish.home)
 
 
 def _used(wish: _Wish, place: _Place) -> _Used:
-    """What the item takes with this place. Left out, what runs of it now goes on where it is."""
-    return wish.kept if place is None else tuple((device, wish.item.need_bytes[device]) for device in place)
+    """What the item takes with this place. Where it stays, or is left out, what runs of it goes on as it is."""
+    return wish.kept if _stays(wish, place) else tuple((device, wish.item.need_bytes[device]) for device in place or ())
 
 
 def _stays(wish: _Wish, place: _Place) -> bool:
     """Whether all that it holds with this place is its already."""
     return place is None or (wish.item.runs and place == wish.home)
+
+
+def _lived_on(wish: _Wish, place: _Place, used: _Used) -> list[int]:
+    """Its own devices of those that it uses: what it takes beside them crowds nobody of its group."""
+    return [device for device, _ in used if device in (wish.home if place is None else place)]
 
 
 def _is_away(wish: _Wish, place: _Place) -> bool:

@@ -127,6 +127,10 @@ class Puzzle:
         found = tuple(numbers[uuid] for uuid in uuids if uuid in numbers)
         return found if len(found) == len(uuids) else ()
 
+    def stays(self, candidate: Candidate, place: tuple[int, ...] | None) -> bool:
+        """Whether what runs of a candidate goes on where it is, if it gets this place."""
+        return place is None or (candidate.runs and set(place) == set(self.home_of(candidate)))
+
     def _home(self, candidate: Candidate) -> tuple[str, ...]:
         return last_devices(candidate.wanted.id, candidate.stops, self.observed)
 
@@ -156,18 +160,17 @@ class Puzzle:
         return packing
 
     def _item(self, candidate: Candidate) -> Item:
-        home = self.home_of(candidate)
         return Item(
             key=str(candidate.wanted.id),
             need_bytes=tuple(self.need(candidate, device) for device in self.devices),
             count=candidate.need.count,
             allowed=self.allowed(candidate),
-            home=home,
-            stays_bytes=()
-            if not candidate.stops
-            else tuple(
-                sum(held_bytes(engine, self.devices[number].uuid) for engine in candidate.stops) for number in home
-            ),
+            home=self.home_of(candidate),
+            stays_bytes=tuple(
+                sum(held_bytes(engine, device.uuid) for engine in candidate.stops) for device in self.devices
+            )
+            if candidate.stops
+            else (),
             runs=candidate.runs,
             group=candidate.wanted.id.first.full,
             requires=tuple(map(str, candidate.requires)),

@@ -31,7 +31,8 @@ class Item:
     allowed: tuple[int, ...]
     # The devices that it has now, or had; empty for something new.
     home: tuple[int, ...] = ()
-    # What it holds on each device of its home, if it gets no new place: what runs now is kept then. Empty if none runs.
+    # What it holds on each slot, at home or not, if it gets no new place: what runs now is kept then. Empty if none
+    # runs; of what runs as it should, that stands for its needs at home.
     stays_bytes: tuple[int, ...] = ()
     # Whether it runs as it should, so that another place than its home means to move it. It is never left out.
     runs: bool = False

@@ -54,12 +54,13 @@ def cost_of(
     new_on = set()
     left_out = moves = strays = crossings = 0
     for item, place in zip(items, places, strict=True):
-        if place is None:
-            held = dict(zip(item.home, item.stays_bytes, strict=True)) if item.stays_bytes else {}
+        if place is None or item.runs and set(place) == set(item.home) and item.stays_bytes:
+            held = dict(enumerate(item.stays_bytes))
         else:
             held = {device: item.need_bytes[device] for device in place}
         for device, size in held.items():
             free[device] -= size
+        for device in (item.home if item.stays_bytes else ()) if place is None else place:
             on[device] += [item.group] if item.group else []
         away = place is not None and item.home != () and set(place) != set(item.home)
         if place is not None and (away or not item.runs):
@@ -109,10 +110,8 @@ def instance(rng: random.Random, most_slots: int, most_items: int) -> tuple[tupl
             # It runs there now: what runs fits as it is.
             home, runs = tuple(sorted(rng.sample(could, count))), rng.random() < 0.5
             if runs or rng.random() < 0.6:
-                stays = tuple(
-                    need[device] if runs else rng.choice((need[device], need[device] // 2)) for device in home
-                )
-            for device, size in zip(home, stays, strict=False):
+                stays = tuple(held_now(rng, need[device], device in home, runs) for device in range(len(slots)))
+            for device, size in enumerate(stays):
                 free[device] -= size
             if runs and rng.random() < 0.05:
                 # Its manifest has other devices now.
@@ -132,6 +131,13 @@ def instance(rng: random.Random, most_slots: int, most_items: int) -> tuple[tupl
     # Others took memory since.
     grown = tuple(replace(slot, free_bytes=slot.free_bytes - rng.choice((0,) * 9 + (5, 30))) for slot in slots)
     return grown, bound_together(rng, tuple(items))
+
+
+def held_now(rng: random.Random, need: int, at_home: bool, runs: bool) -> int:
+    """What it holds on a device: also where it was not placed, or did not tell that it was."""
+    if not at_home:
+        return rng.choice((0,) * 11 + (5,))
+    return need if runs else rng.choice((need, need // 2))
 
 
 def bound_together(rng: random.Random, items: tuple[Item, ...]) -> tuple[Item, ...]:
@@ -206,6 +212,7 @@ def renumber(item: Item, old: list[int]) -> Item:
         need_bytes=tuple(item.need_bytes[device] for device in old),
         allowed=tuple(sorted(old.index(device) for device in item.allowed)),
         home=tuple(old.index(device) for device in item.home),
+        stays_bytes=tuple(item.stays_bytes[device] for device in old) if item.stays_bytes else (),
     )
 
 
@@ -275,7 +282,7 @@ def large(seed: int, *, may_move: bool = False) -> tuple[tuple[Slot, ...], tuple
                     count=count,
                     allowed=tuple(range(8)),
                     home=home,
-                    stays_bytes=(need,) * len(home),
+                    stays_bytes=tuple(need * (device in home) for device in range(8)) if home else (),
                     runs=runs and not replaced,
                     group=f"engine{number // 2}",
                 )
@@ -371,9 +378,21 @@ def test_what_is_left_out_keeps_what_it_has() -> None:
 
 
 def test_a_predecessor_keeps_of_each_device_what_it_holds_there() -> None:
-    old = item("old", 90, 2, slots=2, home=(1, 0), stays_bytes=(10, 70))
+    old = item("old", 90, 2, slots=2, home=(1, 0), stays_bytes=(70, 10))
     found = placed(old, item("new", 60, slots=2), slots=2)
     assert found.places == {"new": (1,), "old": None}
+
+
+def test_what_is_left_out_keeps_what_it_holds_though_its_home_is_lost() -> None:
+    """2026-11-28: of two one has room. Its neighbour was given the memory that it keeps, and then neither started."""
+    old = item("old", 40, 2, slots=3, allowed=(1, 2), stays_bytes=(0, 0, 30))
+    found = placed(old, item("new", 60, slots=3, allowed=(2,)), slots=3)
+    assert found.places == {"new": None, "old": (1, 2)}
+
+
+def test_what_runs_keeps_what_it_took_beside_its_home() -> None:
+    runs = item("runs", 10, slots=2, allowed=(0,), home=(0,), runs=True, stays_bytes=(10, 30))
+    assert placed(runs, item("new", 60, slots=2, allowed=(1,)), slots=2).places == {"new": None, "runs": (0,)}
 
 
 def test_a_fraction_is_taken_of_the_device_that_it_comes_on() -> None:
@@ -395,7 +414,7 @@ def test_what_runs_stays_where_others_took_its_memory_and_nothing_new_comes_ther
     """Another user's process grew beside an engine. That must not keep sage from planning the others."""
     slots = (Slot(free_bytes=-5), Slot(free_bytes=40))
     running = item("running", 10, slots=2, home=(0,), runs=True)
-    replaced = item("replaced", 50, slots=2, home=(0,), stays_bytes=(20,))
+    replaced = item("replaced", 50, slots=2, home=(0,), stays_bytes=(20, 0))
 
     found = pack(slots, (running, replaced, item("new", 10, slots=2), item("nothing", 0, slots=2, allowed=(0,))))
 
