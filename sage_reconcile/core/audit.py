@@ -145,7 +145,7 @@ def _device_violations(
     """Its devices are there, hold all that is on them, and are what it is shown: by UUID, or by number."""
     place = act.resolved.placement
     devices = {device.uuid: device for device in observed.devices}
-    started = {seat.engine for seat in seats if seat.leader is None}
+    started = {(seat.engine, uuid) for seat in seats if seat.leader is None for uuid in seat.devices}
     put_back = any(wanted.id == act.engine and wanted.pin is not None for wanted in desired.wanted)
     left = []
     for uuid in place.devices:
@@ -153,9 +153,9 @@ def _device_violations(
         if device is None or device.closed:
             yield Violation(law="only devices that are there", what=f"{act.engine} on {uuid}, which is not to be had")
             continue
-        # What a dead process has not given back is waited for by the start of the same engine, and by nobody else but
-        # an engine that is put back.
-        awaited = sum(entry.held_bytes for entry in device.lingering if put_back or entry.engine in started)
+        # What a dead process has not given back is waited for by a start of the same engine there, and by nobody else
+        # but an engine that is put back.
+        awaited = sum(entry.held_bytes for entry in device.lingering if put_back or (entry.engine, uuid) in started)
         capacity = device.total_bytes - device.reserved_bytes - device.foreign_bytes + awaited - desired.reserve_bytes
         used = sum(seat.devices.get(uuid, 0) for seat in seats)
         left.append(capacity + desired.reserve_bytes - used + place.memory_bytes_per_device)

@@ -6,7 +6,7 @@ from sage_reconcile.core.audit import audit
 from sage_reconcile.core.facts import Gap
 from sage_reconcile.core.plan import PlanOptions
 from sage_reconcile.core.planner import make_plan
-from tests.builders import GIB, desired, gpu, gpu_world, on_gpus, wanted
+from tests.builders import GIB, dead, desired, gpu, gpu_world, on_gpus, wanted
 from tests.core.test_gpu_plans import starts
 
 LOST = Gap(what="lost device", why="gpu0 has fallen off the bus", subject="GPU-0")
@@ -41,3 +41,25 @@ def test_leave_to_move_gives_nobody_the_memory_that_an_engine_took_where_it_was_
 
     assert audit(plan, want, now) == ()
     assert [(str(entry.engine), entry.devices[1].free_bytes) for entry in plan.blocked] == [("lab/b", 16 * GIB)]
+
+
+def test_what_a_dead_process_holds_is_not_waited_for_by_its_engine_on_another_device() -> None:
+    """2026-11-28: the audit took it to come back, and so a share that SGLang is told of what is free for too large."""
+    device = gpu(0, 24, lingering=(("lab/b", 7),))
+    now = gpu_world((device,), records=(dead("lab/b", device, 7),))
+    want = desired(wanted("lab/b"), wanted("lab/c", model="org/c", runtime="sglang", use_gpu=True, gpu_memory=0.6))
+
+    plan = make_plan(want, now)
+
+    assert starts(plan) == {"lab/b": (), "lab/c": ("GPU-0",)}
+    assert audit(plan, want, now) == ()
+
+
+def test_a_start_on_what_the_dead_process_of_an_engine_elsewhere_holds_is_a_violation() -> None:
+    device = gpu(0, 24)
+    want = desired(wanted("lab/b"), wanted("lab/c", use_gpu=True, gpu_memory="20GiB"))
+    plan = make_plan(want, gpu_world((device,)))
+
+    held = gpu_world((gpu(0, 24, lingering=(("lab/b", 7),)),), records=(dead("lab/b", device, 7),))
+
+    assert [found.law for found in audit(plan, want, held)] == ["no device is over-full"]
