@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _Outlet(io.FileIO):
-    """A file descriptor that takes everything once nobody reads it: the reader of a pipe left, a terminal was closed."""
+    """A file descriptor that takes everything once nobody reads it: a pipe's reader left, a terminal was closed."""
 
     reader_left = False
 
