@@ -6,10 +6,11 @@ seconds, so that the same input gives the same packing on every machine.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 
 from sage_reconcile.core.slots import Cost, Item, Packing, Slot
+from sage_reconcile.core.wishes import Place, Used, Wish, is_away, lived_on, stays_put, taken, wishes_of
 
 # Where the search gives up and keeps the best that it has. benchmarks/packing.py tells what it costs.
 BUDGET_NODES = 20_000
@@ -28,7 +29,7 @@ def pack(
     that is on it. So what runs on an over-full device goes on, and nothing new comes there.
     `present` are (group, device) of engines that stay and are no items.
     """
-    search = _Search(slots=slots, wishes=_wishes(slots, items), budget_nodes=budget_nodes, present=present)
+    search = _Search(slots=slots, wishes=wishes_of(slots, items), budget_nodes=budget_nodes, present=present)
     search.run()
     if search.best_cost is None:
         return None
@@ -41,128 +42,23 @@ def pack(
     )
 
 
-_Place = tuple[int, ...] | None
-# What is taken of which device.
-_Used = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Wish:
-    """An item, and what of it stays the same during the search."""
-
-    item: Item
-    # The devices that may be combined, those where it needs the least first: all, or for several a row for each kind.
-    rows: tuple[tuple[int, ...], ...]
-    # In ascending order, as every place.
-    home: tuple[int, ...]
-    # Whether its home is one of its places. What runs may stay at a home of several kinds.
-    has_home: bool
-    # What it holds if nothing of it changes.
-    kept: _Used
-    # What that takes at least, and its sum of squares: only from devices that cannot become over-full.
-    stays_least: tuple[int, int]
-    # What it requires, and what requires it, of those that come before it in the search.
-    requires: tuple[int, ...] = ()
-    required_by: tuple[int, ...] = ()
-
-
-def _wishes(slots: tuple[Slot, ...], items: tuple[Item, ...]) -> tuple[_Wish, ...]:
-    """The items in the order of the search: what runs before all else, what others require, the largest first."""
-    held = [0] * len(slots)
-    for item in items:
-        assert len(item.need_bytes) == len(slots), item.key
-        assert len(item.stays_bytes) in (0, len(slots)), item.key
-        for device, size in _kept(item):
-            held[device] += size
-    wishes = []
-    for item in items:
-        rows, kept = _rows(slots, item), _kept(item)
-        sure = [size for device, size in kept if held[device] <= slots[device].free_bytes]
-        allowed = item.runs or any(len(item.home) == item.count and set(item.home) <= set(row) for row in rows)
-        wishes.append(
-            _Wish(
-                item=item,
-                rows=rows,
-                home=tuple(sorted(item.home)),
-                has_home=bool(item.home) and allowed and set(item.home) <= set(item.allowed),
-                kept=kept,
-                stays_least=(sum(sure), sum(size * size for size in sure)),
-            )
-        )
-    depths = _depths(items)
-    return _joined(sorted(wishes, key=lambda wish: _order(wish, depths[wish.item.key])))
-
-
-def _depths(items: tuple[Item, ...]) -> dict[str, int]:
-    """How long the longest chain of what an item requires is; in a circle, something."""
-    depths = {item.key: 0 for item in items}
-    for _ in items:
-        depths = {
-            item.key: max((depths[key] + 1 for key in item.requires if key in depths), default=0) for item in items
-        }
-    return depths
-
-
-def _joined(wishes: list[_Wish]) -> tuple[_Wish, ...]:
-    """The wishes, each with what it requires and what requires it, as far as that comes before it."""
-    numbers = {wish.item.key: number for number, wish in enumerate(wishes)}
-    pairs = [
-        (number, numbers[key]) for number, wish in enumerate(wishes) for key in wish.item.requires if key in numbers
-    ]
-    return tuple(
-        replace(
-            wish,
-            requires=tuple(other for mine, other in pairs if mine == number > other),
-            required_by=tuple(other for other, mine in pairs if mine == number > other),
-        )
-        for number, wish in enumerate(wishes)
-    )
-
-
-def _kept(item: Item) -> _Used:
-    """What the item holds, by device, if nothing of it changes: not only at its home, of which a part may be lost."""
-    if item.stays_bytes:
-        return tuple((device, size) for device, size in enumerate(item.stays_bytes) if size or device in item.home)
-    return tuple((device, item.need_bytes[device]) for device in item.home if item.runs)
-
-
-def _rows(slots: tuple[Slot, ...], item: Item) -> tuple[tuple[int, ...], ...]:
-    devices = sorted(item.allowed, key=lambda device: (item.need_bytes[device], device))
-    if item.count <= 1:
-        return (tuple(devices),)
-    kinds = sorted({slots[device].kind for device in devices})
-    rows = (tuple(device for device in devices if slots[device].kind == kind) for kind in kinds)
-    return tuple(row for row in rows if len(row) >= item.count)
-
-
-def _order(wish: _Wish, depth: int) -> tuple[bool, int, int, int, str]:
-    """What runs comes first, so that the first answers move nothing, and to move is tried where something is left out.
-
-    Behind what is new it would give way to that: of 100 instances where all may move 14 ended with more left out, 4
-    with less.
-    """
-    item = wish.item
-    least = min((sum(item.need_bytes[device] for device in row[: item.count]) for row in wish.rows), default=0)
-    return not item.runs, depth, -least, -item.count, item.key
-
-
 @dataclass(slots=True, kw_only=True)
 class _Search:
     """Depth first over the items. What is tried first for each is what is most likely the best."""
 
     slots: tuple[Slot, ...]
-    wishes: tuple[_Wish, ...]
+    wishes: tuple[Wish, ...]
     budget_nodes: int
     present: tuple[tuple[str, int], ...]
     nodes: int = 0
     best_cost: Cost | None = None
-    best_places: tuple[_Place, ...] = ()
+    best_places: tuple[Place, ...] = ()
     _free: list[int] = field(default_factory=list)
     # How many each device has that are new there.
     _fresh: list[int] = field(default_factory=list)
     # How many of each group each device has.
     _groups: list[dict[str, int]] = field(default_factory=list)
-    _places: list[_Place] = field(default_factory=list)
+    _places: list[Place] = field(default_factory=list)
     # The same number for devices that no item tells apart.
     _alike: tuple[int, ...] = ()
 
@@ -212,7 +108,7 @@ class _Search:
             return
         wish = self.wishes[depth]
         for place in self._choices(wish):
-            used = _used(wish, place)
+            used = taken(wish, place)
             after = self._with(wish, place, used, cost)
             self._occupy(wish, place, used, 1)
             self._places.append(place)
@@ -222,17 +118,17 @@ class _Search:
             if self.nodes > self.budget_nodes:
                 return
 
-    def _occupy(self, wish: _Wish, place: _Place, used: _Used, sign: int) -> None:
-        group, fresh = wish.item.group, sign * (not _stays(wish, place))
+    def _occupy(self, wish: Wish, place: Place, used: Used, sign: int) -> None:
+        group, fresh = wish.item.group, sign * (not stays_put(wish, place))
         for device, size in used:
             self._free[device] -= sign * size
             self._fresh[device] += fresh
-        for device in _lived_on(wish, place, used) if group else ():
+        for device in lived_on(wish, place, used) if group else ():
             self._groups[device][group] = self._groups[device].get(group, 0) + sign
 
-    def _with(self, wish: _Wish, place: _Place, used: _Used, cost: Cost) -> Cost:
+    def _with(self, wish: Wish, place: Place, used: Used, cost: Cost) -> Cost:
         """The cost once the item has this place."""
-        away = _is_away(wish, place)
+        away = is_away(wish, place)
         return Cost(
             left_out=cost.left_out + (place is None),
             moves=cost.moves + (away and wish.item.runs),
@@ -248,33 +144,33 @@ class _Search:
         slots = [self.slots[device] for device in place]
         return len({slot.island for slot in slots}) + len({slot.region for slot in slots}) - 2
 
-    def _crowding(self, wish: _Wish, place: _Place, used: _Used) -> int:
-        return sum(self._groups[device].get(wish.item.group, 0) for device in _lived_on(wish, place, used))
+    def _crowding(self, wish: Wish, place: Place, used: Used) -> int:
+        return sum(self._groups[device].get(wish.item.group, 0) for device in lived_on(wish, place, used))
 
-    def _scatter(self, used: _Used) -> int:
+    def _scatter(self, used: Used) -> int:
         return sum(_square(self._free[device]) - _square(self._free[device] - size) for device, size in used)
 
-    def _choices(self, wish: _Wish) -> Iterator[_Place]:
+    def _choices(self, wish: Wish) -> Iterator[Place]:
         """The places that the item can have now, those that look best first; to be left out is the last resort."""
         item = wish.item
         places = () if self._is_barred(wish) else self._new_places(wish)
-        choices = [place for place in places if not _stays(wish, place)]
+        choices = [place for place in places if not stays_put(wish, place)]
         if item.runs and self._may_stay(wish):
             choices.append(wish.home)
         yield from sorted(choices, key=lambda place: self._rank(wish, place))
         if self._may_be_left_out(wish):
             yield None
 
-    def _is_barred(self, wish: _Wish) -> bool:
+    def _is_barred(self, wish: Wish) -> bool:
         """Whether something that it requires is left out."""
         return any(number < len(self._places) and self._places[number] is None for number in wish.requires)
 
-    def _may_be_left_out(self, wish: _Wish) -> bool:
+    def _may_be_left_out(self, wish: Wish) -> bool:
         """Whether nothing that has a place requires it, and what it holds can stay."""
         required = any(number < len(self._places) and self._places[number] is not None for number in wish.required_by)
         return not wish.item.runs and not required and self._may_keep(wish)
 
-    def _new_places(self, wish: _Wish) -> Iterator[tuple[int, ...]]:
+    def _new_places(self, wish: Wish) -> Iterator[tuple[int, ...]]:
         """Where it fits. Of places that differ only by devices that nothing tells apart, one is enough."""
         need, free = wish.item.need_bytes, self._free
         seen: set[tuple[object, ...]] = set()
@@ -293,21 +189,21 @@ class _Search:
     def _neighbours(self, device: int) -> list[tuple[str, int]]:
         return sorted(entry for entry in self._groups[device].items() if entry[1])
 
-    def _rank(self, wish: _Wish, place: tuple[int, ...]) -> tuple[object, ...]:
-        used = _used(wish, place)
+    def _rank(self, wish: Wish, place: tuple[int, ...]) -> tuple[object, ...]:
+        used = taken(wish, place)
         return (
-            _is_away(wish, place),
+            is_away(wish, place),
             self._crossings(place),
             self._crowding(wish, place, used),
             self._scatter(used),
             place,
         )
 
-    def _may_stay(self, wish: _Wish) -> bool:
+    def _may_stay(self, wish: Wish) -> bool:
         """Whether what runs can stay at its home."""
         return wish.has_home and self._may_keep(wish)
 
-    def _may_keep(self, wish: _Wish) -> bool:
+    def _may_keep(self, wish: Wish) -> bool:
         """Whether what the item holds can stay: nothing new is on its devices, or there is room for both."""
         return all(not self._fresh[device] or self._free[device] >= size for device, size in wish.kept)
 
@@ -354,7 +250,7 @@ class _Search:
             scatter=cost.scatter + (0 if more else squares),
         )
 
-    def _least(self, wish: _Wish, stays: bool) -> tuple[int, int] | None:
+    def _least(self, wish: Wish, stays: bool) -> tuple[int, int] | None:
         """The least memory that the item takes, and the least sum of squares; None if it fits nowhere.
 
         What stays takes nothing for sure from a device that can become over-full.
@@ -373,28 +269,8 @@ class _Search:
                 options.append((total, squares))
         return (min(total for total, _ in options), min(squares for _, squares in options)) if options else None
 
-    def _comes_home(self, wish: _Wish) -> bool:
+    def _comes_home(self, wish: Wish) -> bool:
         return wish.has_home and all(self._free[device] >= wish.item.need_bytes[device] for device in wish.home)
-
-
-def _used(wish: _Wish, place: _Place) -> _Used:
-    """What the item takes with this place. Where it stays, or is left out, what runs of it goes on as it is."""
-    return wish.kept if _stays(wish, place) else tuple((device, wish.item.need_bytes[device]) for device in place or ())
-
-
-def _stays(wish: _Wish, place: _Place) -> bool:
-    """Whether all that it holds with this place is its already."""
-    return place is None or (wish.item.runs and place == wish.home)
-
-
-def _lived_on(wish: _Wish, place: _Place, used: _Used) -> list[int]:
-    """Its own devices of those that it uses: what it takes beside them crowds nobody of its group."""
-    return [device for device, _ in used if device in (wish.home if place is None else place)]
-
-
-def _is_away(wish: _Wish, place: _Place) -> bool:
-    """Whether the item has a place, and it is not the home that it has."""
-    return place is not None and bool(wish.home) and place != wish.home
 
 
 def _square(free: int) -> int:
