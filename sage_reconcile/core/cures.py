@@ -55,7 +55,9 @@ def cures_in_its_manifest(trial: Trial, most_bytes: int) -> Iterator[str]:
     size = f"{most_bytes // (_GIB // 10) / 10:.1f}GiB"
     if most_bytes >= _GIB and _can_do_with(candidate, trial.puzzle, bytes_of(size)) and trial.helps(gpu_memory=size):
         yield f"gpu_memory <= {size}"
-    if all(claim.source in ("computed", "measured") for _, claim in candidate.need.claims):
+    if candidate.need.count > trial.puzzle.most_alike:
+        yield from _narrower(trial)
+    elif all(claim.source in ("computed", "measured") for _, claim in candidate.need.claims):
         yield from (f"tensor_parallel: {count}" for count in _wider(trial))
         yield from (f"max_model_len <= {length}" for length in _shorter(trial))
         yield from (f"max_concurrent_requests <= {count}" for count in _at_once(trial))
@@ -92,6 +94,17 @@ def _wider(trial: Trial) -> Iterator[int]:
         if shape.attention_heads % count == 0 and trial.helps(tensor_parallel=count):
             yield count
             return
+
+
+def _narrower(trial: Trial) -> Iterator[str]:
+    """The largest group, of those that are smaller in one direction, where there are not as many devices."""
+    spec, shape = trial.candidate.wanted.spec, shape_of(trial.candidate.wanted.spec, trial.puzzle.observed)
+    heads = shape.attention_heads if shape is not None and runtime_of(spec).splits_heads else 0
+    for field, now in (("tensor_parallel", spec.tensor_parallel), ("pipeline_parallel", spec.pipeline_parallel)):
+        for count in range(now - 1, 0, -1):
+            if (field != "tensor_parallel" or heads % count == 0) and trial.helps(**{field: count}):
+                yield f"{field}: {count}"
+                break
 
 
 def _shorter(trial: Trial) -> Iterator[int]:

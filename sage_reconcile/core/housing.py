@@ -166,6 +166,7 @@ def _refusal(
     hidden = _hidden(puzzle.observed, None if pinned is None else candidate.wanted.spec.devices)
     unseen = f", and {listed([gap.why for gap in hidden])}" if hidden else ""
     reason = "memory" if pinned is None or len(pinned) >= count else "device_pin"
+    reason = "no_device" if count > puzzle.most_alike else reason
     return Refusal(
         reason="not_observed" if hidden else reason,
         why=f"{wants}{among}, {found}{alike}{unseen}",

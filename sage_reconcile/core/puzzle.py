@@ -1,5 +1,6 @@
 """One problem for the search: which devices there are, who wants some, and what may be relaxed. Pure."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -119,6 +120,11 @@ class Puzzle:
         if wanted.spec.devices is None or wanted.id in self.unpinned:
             return None
         return numbers_of(self.devices, wanted.spec.devices)
+
+    @property
+    def most_alike(self) -> int:
+        """How many devices of one kind there are, whatever is on them: no engine can have more. Slices count as one."""
+        return max(Counter(kind_of(device) for device in self.devices if not device.parent).values(), default=1)
 
     def home_of(self, candidate: Candidate) -> tuple[int, ...]:
         """Where it runs, or ran last, as far as those devices are there."""

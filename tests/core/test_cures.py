@@ -48,6 +48,29 @@ def test_no_less_memory_is_offered_than_the_weights_take(runtime: str) -> None:
     assert fits(wants("chat/big", **big, tensor_parallel=2), devices=TWO)
 
 
+@pytest.mark.parametrize("fields", [{}, {"gpu_memory": "40GiB"}], ids=["computed", "declared"])
+def test_a_group_of_more_gpus_than_there_are_is_offered_a_smaller_one(fields: dict[str, Any]) -> None:
+    """2026-11-28: tensor_parallel 4 on two GPUs was short of memory, of 0 bytes of it, and nothing would help."""
+    four = {"model": LLAMA_8B, "max_model_len": 8192, "tensor_parallel": 4, **fields}
+
+    entry = refused(make_plan(desired(wants("chat/a", **four)), machine(*TWO)))
+
+    assert (entry.reason, entry.would_help) == ("no_device", ("tensor_parallel: 2",))
+    assert fits(wants("chat/a", **four | {"tensor_parallel": 2}), devices=TWO)
+
+
+def test_of_a_group_in_two_directions_either_is_offered_smaller() -> None:
+    long = {"model": LLAMA_8B, "max_model_len": 8192, "tensor_parallel": 2, "pipeline_parallel": 2}
+
+    assert cures(desired(wants("chat/a", **long)), *TWO) == ("tensor_parallel: 1", "pipeline_parallel: 1")
+
+
+def test_no_smaller_group_is_offered_where_it_would_not_hold_the_model() -> None:
+    entry = refused(make_plan(desired(wants("chat/a", model=LLAMA_70B, tensor_parallel=4)), machine(*SMALL)))
+
+    assert (entry.reason, entry.would_help) == ("no_device", ())
+
+
 def test_less_memory_is_offered_where_more_was_written_than_it_takes() -> None:
     given = {"model": LLAMA_8B, "max_model_len": 8192, "gpu_memory": "60GiB"}
     busy = h100(0, holders=(holder(4242, 40),))
