@@ -1,6 +1,11 @@
-"""The tests of one worker share the process that their commands are forked from; the longest tests come first."""
+"""The tests of one worker share the process that their commands are forked from; the longest tests come first.
+
+Whoever runs the tests in the background or under nohup ignores SIGINT or SIGHUP, and every command would inherit that.
+A handler that does nothing is not inherited.
+"""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +16,12 @@ CHAOS = os.environ.get("CHAOS") == "1"
 
 # Begun last, one of these would be waited for by all other workers.
 _LONG = ("test_kill_campaign.py", "test_races.py", "test_worlds.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -181,8 +181,6 @@ class Place:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Whoever runs the tests in the background ignores SIGINT, and sage would inherit that.
-            preexec_fn=_let_interrupt,
         )
         try:
             yield process
@@ -326,10 +324,6 @@ def kill(pid: int) -> None:
 
 def listens(port: int) -> bool:
     return port in listened_ports()
-
-
-def _let_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -267,14 +267,9 @@ def _ignore_hangup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def _let_hang_up() -> None:
-    """Whoever runs the tests under nohup ignores SIGHUP, and sage would inherit that."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 @contextmanager
 def at_a_terminal_to_close(
-    place: Place, *arguments: str, begins: Callable[[], None] = _let_hang_up
+    place: Place, *arguments: str, begins: Callable[[], None] = lambda: None
 ) -> Iterator[tuple["subprocess.Popen[bytes]", Callable[[], None]]]:
     """A command at a terminal of its own, and what closes that: as a window, or a connection that breaks."""
     ours, theirs = pty.openpty()
