@@ -92,6 +92,15 @@ def current_process(engines: list[Engine]) -> tuple[Engine, tuple[Engine, ...]]:
     return ranked[0], tuple(ranked[1:])
 
 
+def processes_of(the_id: EngineId, observed: ObservedState) -> tuple[Engine, ...]:
+    """The processes of an engine, the one that counts as it last."""
+    engines = [engine for engine in observed.engines if engine.id == the_id]
+    if not engines:
+        return ()
+    current, leftovers = current_process(engines)
+    return (*leftovers, current)
+
+
 def _unseen(wanted: Wanted, current: Engine | None, observed: ObservedState) -> Blocked | None:
     """A refusal where not enough was seen to act: unknown is not gone."""
     gap = _gap(observed)

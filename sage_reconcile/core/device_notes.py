@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from sage_reconcile.core.compare import Comparison
+from sage_reconcile.core.compare import Comparison, processes_of
 from sage_reconcile.core.desired import DesiredState
 from sage_reconcile.core.figure_notes import notes_of_a_figure, notes_of_a_need
 from sage_reconcile.core.identity import EngineId
@@ -48,7 +48,7 @@ def device_notes(
 
 
 def _of_a_start(engine: EngineId, place: Placement, spec: EngineSpec | None, observed: ObservedState) -> Iterator[str]:
-    runs = tuple(one for one in observed.engines if one.id == engine)
+    runs = processes_of(engine, observed)
     home = last_devices(engine, runs, observed)
     for device in observed.devices:
         if device.closed and device.uuid in home and device.uuid not in place.devices:

@@ -209,8 +209,9 @@ def _ports_for(
     stopping = {engine.leader for change in changes for engine in change.stops}
     homeless = {blocked.engine for blocked in found.blocked}
     homeless |= {wanted.id for wanted in desired.wanted} - {change.id for change in changes}
-    homeless -= {engine.id for engine in observed.engines if engine.leader_alive and engine.leader not in stopping}
-    homeless |= {engine.id for engine in found.unchanged if engine.state not in ("ready", "starting")}
+    kept = [engine for engine in observed.engines if engine.leader_alive and engine.leader not in stopping]
+    homeless -= {engine.id for engine in kept}
+    unready = {engine.id for engine in kept} - _to_be_ready(kept, found)
     staying, freed = _ports(observed, stopping, desired)
     asked = {wanted.spec.port: wanted.id for wanted in desired.wanted if isinstance(wanted.spec.port, int)}
     asked |= {w.pin.resolved.placement.port: w.id for w in desired.wanted if w.pin is not None}
@@ -233,12 +234,23 @@ def _ports_for(
         if isinstance(port, int) and _wants_devices(wanted):
             port = out_of_the_question(wanted, observed, made_up_will_do=only_shown) or port
         if isinstance(port, int):
-            port = _missing_part(wanted, observed, homeless) or port
+            # What is put back was there beside it, ready or not.
+            port = _missing_part(wanted, observed, homeless if wanted.pin is not None else homeless | unready) or port
         if isinstance(port, Refusal):
             refusals.append(_blocked(wanted.id, wanted.at, port))
         else:
             ports[wanted.id] = port
     return ports, refusals
+
+
+def _to_be_ready(kept: list[Engine], found: Comparison) -> set[EngineId]:
+    """Those of the engines that go on as they are which are ready, become it by themselves, or by their new label."""
+    relabelled = {engine.leader for update in found.updates for engine in update.stops}
+    return {
+        engine.id
+        for engine in kept
+        if engine.state in ("ready", "starting") or (engine.phase == "draining" and engine.leader in relabelled)
+    }
 
 
 def _latest_last(observed: ObservedState) -> list[RecordFact]:

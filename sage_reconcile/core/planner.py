@@ -123,9 +123,9 @@ def _pass(desired: DesiredState, observed: ObservedState, options: PlanOptions, 
     restoring = any(wanted.pin is not None for wanted in desired.wanted)
     ordered = ordered_acts(drafts, room_of(observed, reserve_bytes=desired.reserve_bytes, restoring=restoring))
     ordered, steps = told_shares(ordered, steps, desired, observed)
-    acts, awaited = _with_needs(ordered, _all_awaited(found, options), desired, options)
     blocked_ids = {blocked.engine for blocked in refused}
-    stays_blocked = {engine.id for engine in project_engines(observed, desired.project) if engine.id in blocked_ids}
+    stays_blocked = [engine for engine in project_engines(observed, desired.project) if engine.id in blocked_ids]
+    acts, awaited = _with_needs(ordered, _all_awaited(found, stays_blocked, options), desired, options)
     return Plan(
         project=desired.project,
         source=desired.source,
@@ -141,7 +141,7 @@ def _pass(desired: DesiredState, observed: ObservedState, options: PlanOptions, 
             *device_notes(homes.places, found, refused, desired, observed),
         ),
         unchanged=tuple(engine.id for engine in found.unchanged),
-        kept=tuple(sorted(stays_blocked.union(found.kept))),
+        kept=tuple(sorted({engine.id for engine in stays_blocked}.union(found.kept))),
         desired=tuple((wanted.id, written(wanted)) for wanted in in_order(desired)),
         optimality="proved" if homes.proved else "budget",
     )
@@ -181,6 +181,8 @@ def _joined(plan: Plan, later: Plan) -> Plan:
         plan,
         steps=plan.steps + later.steps,
         acts=plan.acts + acts,
+        # An act that needs one that is not awaited would wait for good.
+        awaited=plan.awaited + tuple(task for task in later.awaited if task not in plan.awaited),
         blocked=later.blocked,
         optimality=plan.optimality if later.optimality == "proved" else "budget",
         kept=later.kept,
@@ -196,12 +198,13 @@ def _behind_later(act: Act, index: int) -> Act:
     return replace(act, behind=tuple(earlier + index for earlier in act.behind))
 
 
-def _all_awaited(found: Comparison, options: PlanOptions) -> tuple[Awaited, ...]:
-    """Engines that keep their process and are not ready yet.
+def _all_awaited(found: Comparison, stays_blocked: list[Engine], options: PlanOptions) -> tuple[Awaited, ...]:
+    """Engines that keep their process and are not ready yet, those whose successors have no place too.
 
     A restore awaits none: it puts back what was there, and what was not ready then need not be ready now.
     """
     staying = [*found.unchanged, *(engine for update in found.updates for engine in update.stops)]
+    staying += [engine for engine in stays_blocked if engine.leader_alive and spec_of(engine) is not None]
     return tuple(
         _awaited(engine, options) for engine in staying if engine.state == "starting" and not options.restoring
     )

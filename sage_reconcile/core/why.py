@@ -7,7 +7,7 @@ reader. Decides nothing: what it tells is what the planner goes by.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sage_reconcile.core.compare import current_process, why_missing
+from sage_reconcile.core.compare import current_process, processes_of, why_missing
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.device_shares import Share, engine_holders, foreign_holders, holders_text, shares
 from sage_reconcile.core.footprint import Footprint, footprint
@@ -294,8 +294,7 @@ def _why_there(
         return "what runs stays where it is"
     if step.action == "move":
         return "moved to make room for others"
-    runs = tuple(engine for engine in observed.engines if engine.id == the_id)
-    if last_devices(the_id, runs, observed) == place.devices:
+    if last_devices(the_id, processes_of(the_id, observed), observed) == place.devices:
         return "it was there before"
     fitting = [entry.uuid for entry in devices if not entry.short_bytes and not entry.why_not]
     if len(fitting) <= len(place.devices):

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
+
 from sage_reconcile.core.audit import audit
 from sage_reconcile.core.facts import Gap
-from sage_reconcile.core.plan import PlanOptions
-from sage_reconcile.core.planner import make_plan
-from tests.builders import GIB, dead, desired, gpu, gpu_world, on_gpus, wanted
+from sage_reconcile.core.plan import PlanOptions, StartEngine
+from sage_reconcile.core.planner import make_plan, restore_target
+from tests.builders import GIB, dead, desired, gpu, gpu_world, on_gpus, running, wanted, world
 from tests.core.test_gpu_plans import starts
 
 LOST = Gap(what="lost device", why="gpu0 has fallen off the bus", subject="GPU-0")
@@ -63,3 +65,82 @@ def test_a_start_on_what_the_dead_process_of_an_engine_elsewhere_holds_is_a_viol
     held = gpu_world((gpu(0, 24, lingering=(("lab/b", 7),)),), records=(dead("lab/b", device, 7),))
 
     assert [found.law for found in audit(plan, want, held)] == ["no device is over-full"]
+
+
+def test_the_order_in_which_two_processes_of_an_engine_were_seen_changes_no_note() -> None:
+    """2026-11-28: the plan of a snapshot told what an engine leaves by whichever of its processes stood last in it."""
+    devices = (gpu(0, 24, closed="the driver asks for a reset of this GPU"), gpu(1, 24))
+    first, second = (on_gpus("lab/a", 8001 + n, 100 + n, devices[n : n + 1], 5) for n in range(2))
+    now = gpu_world(devices, first, second)
+    want = desired(wanted("lab/a", use_gpu=True, gpu_memory="8GiB", devices=[1]))
+
+    plan = make_plan(want, now)
+
+    assert make_plan(want, replace(now, engines=now.engines[::-1])) == plan
+    assert any(note.startswith("lab/a leaves gpu0") for note in plan.notes)
+
+
+# --- what others depend on --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edit", [{"label": "new"}, {"gpu_memory": "99GiB"}])
+def test_nothing_starts_on_what_it_depends_on_while_that_is_kept_and_is_not_ready(edit: dict[str, str]) -> None:
+    """2026-11-28: it did start where that engine's label was to be changed, or its successor had no place."""
+    device = gpu(0, 24)
+    base = replace(on_gpus("lab/base", 8001, 100, (device,), 5), state="unready", reason="it answers 500")
+    want = desired(
+        wanted("lab/base", **{"use_gpu": True, "gpu_memory": "5GiB", **edit}),
+        wanted("lab/top", depends_on=["lab/base"]),
+    )
+
+    plan = make_plan(want, gpu_world((device,), base))
+
+    assert "lab/top" not in starts(plan)
+    assert {str(entry.engine): entry.reason for entry in plan.blocked}["lab/top"] == "dependency"
+
+
+def test_a_start_waits_for_what_it_depends_on_though_that_has_no_place_for_its_successor() -> None:
+    """2026-11-28: it did not where that engine's process was still starting."""
+    device = gpu(0, 24)
+    base = replace(on_gpus("lab/base", 8001, 100, (device,), 5), state="starting", health="loading")
+    want = desired(
+        wanted("lab/base", use_gpu=True, gpu_memory="99GiB"),
+        wanted("lab/top", depends_on=["lab/base"]),
+        wanted("lab/other"),
+    )
+
+    plan = make_plan(want, gpu_world((device,), base), PlanOptions(waits=False))
+
+    needs = {str(act.engine): act.needs for act in plan.acts if isinstance(act, StartEngine)}
+    assert needs == {"lab/top": (base.leader,), "lab/other": ()}
+    assert [str(task.engine) for task in plan.awaited] == ["lab/base"]
+
+
+def test_what_a_second_pass_starts_on_an_engine_that_is_starting_can_give_up_on_it() -> None:
+    """2026-11-28: with --no-wait nobody waited for that engine, and the start that needed it waited for good."""
+    device = gpu(0, 24, lingering=(("lab/b", 12),))
+    base = replace(running("lab/base", 8901, 100), state="starting", health="loading")
+    now = gpu_world((device,), base, records=(dead("lab/b", device, 12),))
+    want = desired(
+        wanted("lab/base"),
+        wanted("lab/b", use_gpu=True, gpu_memory="4GiB"),
+        wanted("lab/c", use_gpu=True, gpu_memory="18GiB", depends_on=["lab/base"]),
+    )
+
+    plan = make_plan(want, now, PlanOptions(waits=False))
+
+    last = plan.acts[-1]
+    assert isinstance(last, StartEngine) and (str(last.engine), last.needs) == ("lab/c", (base.leader,))
+    assert [task.leader for task in plan.awaited] == [base.leader]
+
+
+def test_what_is_put_back_starts_though_what_it_depends_on_is_no_longer_ready() -> None:
+    """2026-11-28: an engine that hung while an apply failed kept those that depend on it down after the restore."""
+    base, top = running("lab/base", 8901, 100), running("lab/top", 8902, 101, depends_on=["lab/base"])
+    want = desired(wanted("lab/base"), wanted("lab/top", depends_on=["lab/base"], max_model_len=512))
+    failed = make_plan(want, world(base, top))
+    hung = world(replace(base, state="unready", reason="it does not answer"))
+
+    restore = make_plan(restore_target(world(base, top), failed, want), hung, PlanOptions(restoring=True))
+
+    assert (starts(restore), restore.blocked) == ({"lab/top": ()}, ())
