@@ -423,8 +423,35 @@ def test_an_sglang_that_was_started_by_hand(words: tuple[str, ...], kind: str, m
     assert (seen.runtime, seen.kind, seen.model, seen.port) == ("sglang", kind, model, port)
 
 
-@pytest.mark.parametrize("words", [("sglang",), ("sglang", "generate", "x"), ("pip", "install", "sglang")])
-def test_the_word_sglang_alone_starts_nothing(words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("words", "kind", "model", "port"),
+    [
+        (("vllm", "serve", "--port", "9", "org/m"), "llm", "org/m", 9),
+        (("vllm", "serve", "--enforce-eager", "org/m", "--task=embed"), "embedding", "org/m", 8000),
+        (("/x/bin/python3", "-m", "vllm.entrypoints.cli.main", "serve", "org/m"), "llm", "org/m", 8000),
+        (("python3", "-um", "vllm.entrypoints.openai.api_server", "--model=org/m"), "llm", "org/m", 8000),
+        (("sh", "/x/bin/vllm", "serve", "--model", "org/m", "--served-model-name", "m"), "llm", "m", 8000),
+        (("vllm", "serve", "--config", "x.yaml"), "llm", "?", 8000),
+    ],
+)
+def test_a_vllm_that_was_started_by_hand(words: tuple[str, ...], kind: str, model: str, port: int) -> None:
+    seen = recognise(words)
+    assert seen is not None
+    assert (seen.runtime, seen.kind, seen.model, seen.port) == ("vllm", kind, model, port)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sglang",),
+        ("sglang", "generate", "x"),
+        ("pip", "install", "sglang"),
+        ("grep", "vllm", "serve"),
+        ("vllm", "bench", "serve", "--model", "org/m"),
+        ("pgrep", "-f", "vllm", "serve"),
+    ],
+)
+def test_the_word_of_a_program_alone_starts_nothing(words: tuple[str, ...]) -> None:
     assert recognise(words) is None
 
 

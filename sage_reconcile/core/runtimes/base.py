@@ -1,5 +1,6 @@
 """What every runtime file answers: how to start the program, and how to recognise one that was started by hand."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,11 @@ from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes.startup_log import LoggedFootprint
 from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import EngineSpec, needs_gpu
+
+# -m, behind other letters of Python's (`-um`).
+_RUNS_MODULE = re.compile(r"-[A-Za-z]*m", re.ASCII)
+# How options begin that have no value.
+_FLAGS_BEGIN = ("--enable-", "--disable-", "--no-", "--trust-", "--enforce-")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +124,34 @@ def program_index(argv: tuple[str, ...], program: str) -> int | None:
 
 
 def module_index(argv: tuple[str, ...], module: str) -> int | None:
-    """Where `-m module` has the module's name; None when it is not there."""
-    return next((index + 1 for index, word in enumerate(argv[:-1]) if word == "-m" and argv[index + 1] == module), None)
+    """Where `-m module` has the module's name, after other letters too (`-um`); None when it is not there."""
+    pairs = enumerate(zip(argv, argv[1:], strict=False), start=1)
+    return next((index for index, (flag, name) in pairs if name == module and _RUNS_MODULE.fullmatch(flag)), None)
+
+
+def words_of_a_server(argv: tuple[str, ...], program: str, *, server: str, cli: str = "") -> tuple[str, ...] | None:
+    """What stands behind `PROGRAM serve`, `python -m CLI serve` or `python -m SERVER`; None when none of them does."""
+    alone = module_index(argv, server)
+    if alone is not None:
+        return argv[alone + 1 :]
+    index = module_index(argv, cli) if cli else None
+    index = program_index(argv, program) if index is None else index
+    if index is None or argv[index + 1 : index + 2] != ("serve",):
+        return None
+    words = argv[index + 2 :]
+    # `grep vllm serve`: the words alone, behind another program, start nothing.
+    return words if words or index == 0 or base_name(argv[0]).startswith("python") else None
+
+
+def positional(words: tuple[str, ...]) -> str | None:
+    """The first word that is neither an option nor the value of one, as far as their names tell; None without one."""
+    before = ("", *words)
+    return next((word for option, word in zip(before, words, strict=False) if _stands_alone(option, word)), None)
+
+
+def _stands_alone(before: str, word: str) -> bool:
+    takes_it = before.startswith("-") and "=" not in before and not before.startswith(_FLAGS_BEGIN)
+    return not word.startswith("-") and not takes_it
 
 
 def device_env(spec: EngineSpec, placement: Placement, numbers: tuple[int, ...] | None = None) -> dict[str, str]:

@@ -14,16 +14,16 @@ from sage_reconcile.core.runtimes.base import (
     Recognised,
     Runtime,
     abbreviated,
-    module_index,
     no_env,
     one_word,
     option,
     port_option,
-    program_index,
+    positional,
     sequences_at_once,
     told_by_fields,
     uncounted,
     whole_number,
+    words_of_a_server,
 )
 from sage_reconcile.core.runtimes.startup_log import sglang_log
 from sage_reconcile.core.shape import ModelShape
@@ -166,17 +166,10 @@ def _told_text(_argv: tuple[str, ...], placement: Placement) -> str:
 
 
 def _recognise(argv: tuple[str, ...]) -> Recognised | None:
-    start = module_index(argv, _MODULE)
-    positional = None
-    if start is None:
-        program = program_index(argv, "sglang")
-        if program is None or argv[program + 1 : program + 2] != ("serve",):
-            return None
-        start = program + 1
-        positional = next(iter(argv[start + 1 : start + 2]), None)
-    options = argv[start + 1 :]
-    positional = None if positional is None or positional.startswith("-") else positional
-    model = option(options, "--served-model-name") or option(options, "--model-path", "--model") or positional
+    options = words_of_a_server(argv, "sglang", server=_MODULE)
+    if options is None:
+        return None
+    model = option(options, "--served-model-name") or option(options, "--model-path", "--model") or positional(options)
     return Recognised(
         runtime="sglang",
         kind="embedding" if "--is-embedding" in options else "llm",

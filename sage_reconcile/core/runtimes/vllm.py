@@ -9,23 +9,23 @@ from sage_reconcile.core.runtimes.base import (
     Recognised,
     Runtime,
     abbreviated,
-    module_index,
     no_env,
     one_word,
     option,
     port_option,
-    program_index,
+    positional,
     sequences_at_once,
     told_by_fields,
     uncounted,
     whole_number,
+    words_of_a_server,
 )
 from sage_reconcile.core.runtimes.startup_log import vllm_log
 from sage_reconcile.core.shape import ModelShape
 from sage_reconcile.core.spec import EngineSpec, served_model
 
 _DEFAULT_PORT = 8000
-_OLD_MODULE = "vllm.entrypoints.openai.api_server"
+_OLD_MODULE, _CLI_MODULE = "vllm.entrypoints.openai.api_server", "vllm.entrypoints.cli.main"
 
 # Values of --task, which --runner replaced, that make the server answer with vectors or scores.
 _POOLING_TASKS = ("embed", "embedding", "score", "classify", "reward")
@@ -141,17 +141,10 @@ def _told(_spec: EngineSpec, _shape: ModelShape | None) -> bool:
 
 
 def _recognise(argv: tuple[str, ...]) -> Recognised | None:
-    start = module_index(argv, _OLD_MODULE)
-    positional = None
-    if start is None:
-        program = program_index(argv, "vllm")
-        if program is None or argv[program + 1 : program + 2] != ("serve",):
-            return None
-        start = program + 1
-        positional = next(iter(argv[start + 1 : start + 2]), None)
-    options = argv[start + 1 :]
-    positional = None if positional is None or positional.startswith("-") else positional
-    model = option(options, "--served-model-name") or option(options, "--model") or positional
+    options = words_of_a_server(argv, "vllm", server=_OLD_MODULE, cli=_CLI_MODULE)
+    if options is None:
+        return None
+    model = option(options, "--served-model-name") or option(options, "--model") or positional(options)
     pooling = option(options, "--runner") == "pooling" or option(options, "--task") in _POOLING_TASKS
     return Recognised(
         runtime="vllm",
