@@ -24,6 +24,9 @@ from sage_reconcile.core.resolved import Placement
 from sage_reconcile.core.runtimes import program_of, runtime_of
 from sage_reconcile.core.spec import is_path, needs_gpu
 
+# What may depend on an engine in these states: it is ready, or waited for.
+_CAN_BE_HAD = ("ready", "starting")
+
 # Whether running engines may make room: allowed; told, where that would help; never.
 Moves = Literal["allowed", "told", "never"]
 
@@ -109,12 +112,21 @@ def _wants_devices(wanted: Wanted) -> bool:
 def _chains(changes: list[Change]) -> dict[EngineId, tuple[EngineId, ...]]:
     """Which starts require which others: of those that want devices, or wait for one that does.
 
-    Where something runs now, that goes on if its successor has no place: nothing requires that.
+    Where something runs now and can be had, that goes on if its successor has no place: nothing requires that.
     """
     starting = {change.id: change.start for change in changes if change.start is not None}
-    absent = [change.id for change in changes if not any(engine.leader_alive for engine in change.stops)]
+    runs = {change.id for change in changes if any(engine.leader_alive for engine in change.stops)}
+    can_be_had = {
+        change.id
+        for change in changes
+        if any(engine.leader_alive and engine.state in _CAN_BE_HAD for engine in change.stops)
+    }
     requires = {
-        engine: {other for other in absent if other in starting and str(other.first) in wanted.depends_on}
+        engine: {
+            other
+            for other in starting.keys() - (can_be_had if wanted.pin is None else runs)
+            if str(other.first) in wanted.depends_on
+        }
         for engine, wanted in starting.items()
     }
     chained = {engine for engine, wanted in starting.items() if _wants_devices(wanted)}
@@ -249,7 +261,7 @@ def _to_be_ready(kept: list[Engine], found: Comparison) -> set[EngineId]:
     return {
         engine.id
         for engine in kept
-        if engine.state in ("ready", "starting") or (engine.phase == "draining" and engine.leader in relabelled)
+        if engine.state in _CAN_BE_HAD or (engine.phase == "draining" and engine.leader in relabelled)
     }
 
 

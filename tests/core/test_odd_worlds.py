@@ -144,3 +144,17 @@ def test_what_is_put_back_starts_though_what_it_depends_on_is_no_longer_ready() 
     restore = make_plan(restore_target(world(base, top), failed, want), hung, PlanOptions(restoring=True))
 
     assert (starts(restore), restore.blocked) == ({"lab/top": ()}, ())
+
+
+def test_what_depends_on_the_successor_of_an_engine_that_is_not_ready_never_takes_its_place() -> None:
+    """2026-11-28: the place went to what depends on it, which then could not start: neither did."""
+    devices = (gpu(0, 24), gpu(1, 24))
+    base = replace(on_gpus("lab/base", 8001, 100, devices[:1], 5), state="unready", reason="it answers 500")
+    want = desired(
+        wanted("lab/base", use_gpu=True, gpu_memory="20GiB", devices=[1]),
+        wanted("lab/top", use_gpu=True, gpu_memory="22GiB", devices=[1], depends_on=["lab/base"]),
+    )
+
+    plan = make_plan(want, gpu_world(devices, base))
+
+    assert starts(plan) == {"lab/base": ("GPU-1",)}
