@@ -184,13 +184,17 @@ def _shortfall(candidate: Candidate, number: int, puzzle: Puzzle, packing: Packi
         for other, place in places
         if not puzzle.stays(other, place) and number in (place or ())
     ]
-    free = puzzle.free(device) - sum(size for _, size in others)
+    needed = candidate.need.on(device.uuid).counted_bytes
+    awaited = needed - puzzle.need(candidate, device)
+    free = puzzle.free(device) - sum(size for _, size in others) + awaited
     free -= sum(held_bytes(engine, device.uuid) for engine in kept)
     held = [(size, f"{other.wanted.id}") for other, size in others]
     held += engine_holders(device, (*puzzle.staying, *kept), puzzle.desired.project)
     held += foreign_holders(device)
-    dead = [entry for entry in device.lingering if entry.engine != candidate.wanted.id]
-    held += [(entry.held_bytes, f"{entry.engine}, which ended as pid {entry.pid}") for entry in dead]
+    for entry in () if puzzle.restoring else device.lingering:
+        back = min(awaited, entry.held_bytes) if entry.engine == candidate.wanted.id else 0
+        awaited -= back
+        held += [(entry.held_bytes - back, f"{entry.engine}, which ended as pid {entry.pid}")]
     unnamed = device.foreign_bytes - sum(holder.used_bytes for holder in device.holders)
     unnamed -= sum(entry.held_bytes for entry in device.lingering)
     held += [(unnamed, "memory that no process holds")] if unnamed > 0 else []
@@ -202,8 +206,8 @@ def _shortfall(candidate: Candidate, number: int, puzzle: Puzzle, packing: Packi
         uuid=device.uuid,
         total_bytes=device.total_bytes,
         free_bytes=free,
-        short_bytes=max(puzzle.need(candidate, device) - free, 0),
-        held_by=holders_text(held),
+        short_bytes=max(needed - free, 0),
+        held_by=holders_text(entry for entry in held if entry[0]),
         why_not=puzzle.why_not(candidate, device) or elsewhere,
     )
 

@@ -158,3 +158,15 @@ def test_what_depends_on_the_successor_of_an_engine_that_is_not_ready_never_take
     plan = make_plan(want, gpu_world(devices, base))
 
     assert starts(plan) == {"lab/base": ("GPU-1",)}
+
+
+def test_what_a_refused_engine_would_wait_for_is_free_for_it() -> None:
+    """2026-11-28: "needs 20.0, free 6.0, short 7.0", held by nobody: its own dead process had the 7.0 that lacked."""
+    device = gpu(0, 24, foreign=((4000, 11),), lingering=(("lab/a", 7),))
+    now = gpu_world((device,), records=(dead("lab/a", device, 7),))
+
+    plan = make_plan(desired(wanted("lab/a", use_gpu=True, gpu_memory="20GiB")), now)
+
+    (told,) = plan.blocked[0].devices
+    assert (told.free_bytes, told.short_bytes, told.held_by) == (13 * GIB, 7 * GIB, ("foreign pid 4000 python (11.0)",))
+    assert plan.blocked[0].would_help == ("gpu_memory <= 13.0GiB", "without foreign pid 4000 (python)")
