@@ -15,7 +15,7 @@ from sage_reconcile.core.housing import out_of_the_question, seated
 from sage_reconcile.core.identity import EngineId, ProcessIdentity
 from sage_reconcile.core.lookup import why_unasked
 from sage_reconcile.core.needs import Claim, Need, model_fact, need_of, program_fact, shape_of
-from sage_reconcile.core.observed import Engine, ObservedState, held_bytes, spec_of
+from sage_reconcile.core.observed import Engine, ObservedState, spec_of
 from sage_reconcile.core.placement import Taken, placement, port_of
 from sage_reconcile.core.plan import Blocked
 from sage_reconcile.core.puzzle import Candidate, Follower, Seat
@@ -182,16 +182,10 @@ def _movable(found: Comparison, desired: DesiredState, observed: ObservedState) 
 
 
 def _running_candidate(wanted: Wanted, engine: Engine, observed: ObservedState) -> Candidate:
-    """Where it is, it counts for what it holds; elsewhere, for what it would be given."""
-    need = need_of(wanted.spec, observed)
-    home = engine.resolved.placement.devices
-    claims = tuple(
-        (uuid, replace(claim, memory_bytes=held_bytes(engine, uuid), context_bytes=0) if uuid in home else claim)
-        for uuid, claim in need.claims
-    )
+    """Where it is, it counts for what it holds; started anew, for what it would be given."""
     return Candidate(
         wanted=wanted,
-        need=replace(need, claims=claims),
+        need=need_of(wanted.spec, observed),
         stops=(engine,),
         takes_slices=runtime_of(wanted.spec).takes_slices,
         runs=True,

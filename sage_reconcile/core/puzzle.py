@@ -168,7 +168,7 @@ class Puzzle:
     def _item(self, candidate: Candidate) -> Item:
         return Item(
             key=str(candidate.wanted.id),
-            need_bytes=tuple(self.need(candidate, device) for device in self.devices),
+            need_bytes=tuple(self._asked(candidate, device) for device in self.devices),
             count=candidate.need.count,
             allowed=self.allowed(candidate),
             home=self.home_of(candidate),
@@ -181,6 +181,11 @@ class Puzzle:
             group=candidate.wanted.id.first.full,
             requires=tuple(map(str, candidate.requires)),
         )
+
+    def _asked(self, candidate: Candidate, device: Device) -> int:
+        """What it needs for a start. What runs on a closed device may stay there, and is not started there anew."""
+        closed = candidate.runs and self.why_not(candidate, device)
+        return device.total_bytes + 1 if closed else self.need(candidate, device)
 
     def seat(self, candidate: Candidate, place: tuple[int, ...]) -> Seat:
         pin = candidate.wanted.pin

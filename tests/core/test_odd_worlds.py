@@ -80,6 +80,49 @@ def test_the_order_in_which_two_processes_of_an_engine_were_seen_changes_no_note
     assert any(note.startswith("lab/a leaves gpu0") for note in plan.notes)
 
 
+@pytest.mark.parametrize("runtime", ["vllm", "sglang", "auto"])
+def test_a_group_that_moves_by_one_gpu_is_given_what_its_manifest_says(runtime: str) -> None:
+    """2026-11-28: it was given what it held before, its context too, on the GPU that it keeps: more with each move."""
+    devices = tuple(gpu(index, 24) for index in range(3))
+    fields = {"runtime": runtime, "model": "org/m" if runtime != "auto" else "/models/m.gguf"}
+    pair = on_gpus("lab/pair", 8001, 100, devices[:2], 10, context=0.9, uses=(11.4, 11.4), **fields)
+    small = on_gpus("lab/small", 8002, 101, devices[2:], 4)
+    now = gpu_world(devices, pair, small)
+    want = desired(
+        wanted("lab/pair", use_gpu=True, gpu_memory="10GiB", tensor_parallel=2, **fields),
+        wanted("lab/small", use_gpu=True, gpu_memory="4GiB"),
+        wanted("lab/new", use_gpu=True, gpu_memory="20GiB", devices=[0]),
+    )
+
+    plan = make_plan(want, now, PlanOptions(allow_moves=True))
+
+    (moved,) = [step for step in plan.steps if step.action == "move"]
+    assert moved.placement is not None
+    assert (moved.placement.devices, moved.placement.memory_bytes_per_device) == (("GPU-1", "GPU-2"), 10 * GIB)
+    assert audit(plan, want, now) == ()
+
+
+def test_a_group_that_moves_leaves_a_gpu_that_is_closed() -> None:
+    """2026-11-28: it was to start again on the closed one beside another, which the audit let not through (1)."""
+    devices = (
+        gpu(0, 24, closed="the driver asks for a reset of this GPU"),
+        gpu(1, 24),
+        gpu(2, 24),
+        gpu(3, 24, foreign=((4000, 20),)),
+    )
+    pair = on_gpus("lab/pair", 8001, 100, devices[:2], 10)
+    now = gpu_world(devices, pair)
+    want = desired(
+        wanted("lab/pair", use_gpu=True, gpu_memory="10GiB", tensor_parallel=2),
+        wanted("lab/new", use_gpu=True, gpu_memory="20GiB", devices=[1]),
+    )
+
+    plan = make_plan(want, now, PlanOptions(allow_moves=True))
+
+    assert (starts(plan), [str(entry.engine) for entry in plan.blocked]) == ({}, ["lab/new"])
+    assert audit(plan, want, now) == ()
+
+
 # --- what others depend on --------------------------------------------------------------------------------------------
 
 

@@ -67,7 +67,7 @@ def test_p20_applies_of_two_projects_and_a_loop_like_watch_take_turns(place: Pla
 
 
 PROGRAM = r"""
-import difflib, os, re, sys, threading
+import difflib, os, re, sys, threading, time
 from pathlib import Path
 from sage_reconcile.app.project import local_host
 from sage_reconcile.app.verbs import ApplyOptions, Watcher, apply, down
@@ -84,6 +84,10 @@ watcher = Watcher(
 )
 
 def held():
+    # A question that was asked in the background may take a moment to come to its end.
+    deadline = time.monotonic() + 10
+    while threading.active_count() > 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
     files = sorted(str(path.relative_to(state)) for path in state.rglob("*"))
     # Without numbers: a pid is told with four digits or with five.
     sizes = sum(len(re.sub(rb"[0-9]+", b"", path.read_bytes())) for path in state.rglob("*.log*"))
