@@ -5,6 +5,7 @@ from typing import Any
 
 from sage_reconcile.core.desired import DesiredState, Wanted
 from sage_reconcile.core.facts import Gap, ModelFact, ProgramFact
+from sage_reconcile.core.identity import in_stack
 from sage_reconcile.core.model_shape import shape_of_config
 from sage_reconcile.core.observed import Device, Engine, Holder, ObservedState
 from sage_reconcile.core.resolved import Placement
@@ -79,7 +80,7 @@ def wants(text: str, at: str = "manifests/chat.yaml:14:5", **fields: Any) -> Wan
     """An engine of vLLM on GPUs, unless the fields say otherwise."""
     engine = the_id(text)
     spec = EngineSpec.model_validate({"name": engine.name, "model": LLAMA_8B, **fields})
-    names = tuple(name if "/" in name else f"{engine.stack}/{name}" for name in spec.depends_on)
+    names = tuple(in_stack(name, engine.stack) for name in spec.depends_on)
     return Wanted(id=engine, spec=spec, depends_on=names, directory=SOURCE, at=at)
 
 

@@ -41,7 +41,7 @@ class Trial:
         return self._solved({"replicas": count}, lambda: puzzle)
 
     def _solved(self, fields: dict[str, Any], puzzle: Callable[[], Puzzle]) -> Packing:
-        key = (replace(self.candidate.wanted.id, replica=0), *fields.items())
+        key = (self.candidate.wanted.id.first, *fields.items())
         if key not in self.tried:
             self.tried[key] = puzzle().solved()
         return self.tried[key]
@@ -66,7 +66,7 @@ def cures_in_its_manifest(trial: Trial, most_bytes: int) -> Iterator[str]:
 
 def of_one_engine(first: EngineId, second: EngineId) -> bool:
     """Whether two ids are replicas of the same."""
-    return replace(first, replica=0) == replace(second, replica=0)
+    return first.first == second.first
 
 
 def _can_do_with(candidate: Candidate, puzzle: Puzzle, memory_bytes: int) -> bool:
