@@ -143,10 +143,16 @@ def test_p2_second_signal_leaves_at_once_from_the_middle_of_an_act(place: Place)
     place.assert_at_rest()
 
 
-@contextmanager
-def typed(place: Place, *arguments: str) -> Iterator[tuple["subprocess.Popen[bytes]", int, list[bytes]]]:
-    """A command at a terminal of its own: the process, the terminal's other end, and what it has shown."""
+def _at_a_terminal(
+    place: Place, *arguments: str, begins: Callable[[], None] = lambda: None
+) -> tuple["subprocess.Popen[bytes]", int]:
+    """A command at a terminal of its own, and the terminal's other end. `begins` runs before it becomes sage."""
     ours, theirs = pty.openpty()
+
+    def before() -> None:
+        _take_terminal()
+        begins()
+
     process = subprocess.Popen(
         [sys.executable, "-m", "sage_reconcile", *arguments],
         cwd=place.root,
@@ -155,9 +161,16 @@ def typed(place: Place, *arguments: str) -> Iterator[tuple["subprocess.Popen[byt
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=_take_terminal,
+        preexec_fn=before,
     )
     os.close(theirs)
+    return process, ours
+
+
+@contextmanager
+def typed(place: Place, *arguments: str) -> Iterator[tuple["subprocess.Popen[bytes]", int, list[bytes]]]:
+    """A command at a terminal of its own: the process, the terminal's other end, and what it has shown."""
+    process, ours = _at_a_terminal(place, *arguments)
     shown: list[bytes] = []
 
     def read() -> None:
@@ -272,23 +285,7 @@ def at_a_terminal_to_close(
     place: Place, *arguments: str, begins: Callable[[], None] = lambda: None
 ) -> Iterator[tuple["subprocess.Popen[bytes]", Callable[[], None]]]:
     """A command at a terminal of its own, and what closes that: as a window, or a connection that breaks."""
-    ours, theirs = pty.openpty()
-
-    def before() -> None:
-        _take_terminal()
-        begins()
-
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sage_reconcile", *arguments],
-        cwd=place.root,
-        env=environment(place.state) | {"TERM": "xterm"},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        preexec_fn=before,
-    )
-    os.close(theirs)
+    process, ours = _at_a_terminal(place, *arguments, begins=begins)
     open_ends = [ours]
     try:
         yield process, lambda: os.close(open_ends.pop())
